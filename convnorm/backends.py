@@ -1,0 +1,97 @@
+"""Which kernels serve which device, and why the others do not."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+BACKENDS = ("native", "triton", "reference")  # the fastest first
+
+_chosen: str | None = None
+_native_failure: str | None = None
+
+
+def load_native() -> None:
+    """Load the compiled extension, which registers ``measure_native``; without it the other backends serve."""
+    global _native_failure
+    library = Path(__file__).with_name("_native.abi3.so")
+    if not library.exists():
+        _native_failure = "the extension was not built (no C++ compiler at install time, or CONVNORM_NO_EXT=1)"
+        return
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        _native_failure = f"the extension does not load: {error}"
+
+
+def why_not(backend: str, device_type: str) -> str | None:
+    """Why ``backend`` cannot serve a device, or None where it can."""
+    if backend == "native":
+        if _native_failure:
+            return _native_failure
+        key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+        if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key("convnorm::measure_native", key):
+            return f"the extension was built without {device_type}"
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "triton runs on a GPU only (or with TRITON_INTERPRET=1)"
+    return None
+
+
+def backend_for(device: torch.device) -> str:
+    """The backend that serves a device: the one asked for with ``use_backend``, or the first that can."""
+    if _chosen is None:
+        return _default(device.type)
+    if reason := why_not(_chosen, device.type):
+        raise RuntimeError(f"convnorm: backend {_chosen!r} cannot serve {device.type}: {reason}")
+    return _chosen
+
+
+def _default(device_type: str) -> str:
+    if device_type == "cpu":  # the interpreter of Triton is for tests: only when asked for
+        return "reference" if why_not("native", "cpu") else "native"
+    return next(backend for backend in BACKENDS if why_not(backend, device_type) is None)
+
+
+class use_backend:
+    """From now on, or within a ``with`` block, measure with one backend; None lets each device choose again.
+
+    >>> import torch, convnorm
+    >>> with convnorm.use_backend("reference"):
+    ...     torch.ops.convnorm.l1(torch.ones(1, 1, 3, 3), 1, 1, [8, 8])
+    tensor(9.)
+    """
+
+    def __init__(self, backend: str | None) -> None:
+        global _chosen
+        if backend is not None and backend not in BACKENDS:
+            raise ValueError(f"convnorm: backend {backend!r} must be one of {', '.join(BACKENDS)}")
+        self._before, _chosen = _chosen, backend
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        global _chosen
+        _chosen = self._before
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """For each device here, what every backend does there: ``"serves"``, ``"available"``, or why it cannot.
+
+    >>> import convnorm
+    >>> convnorm.backends()["cpu"]["reference"] in ("serves", "available")
+    True
+    """
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    table: dict[str, dict[str, str]] = {}
+    for device in devices:
+        table[device] = {backend: why_not(backend, device) or "available" for backend in BACKENDS}
+        table[device][backend_for(torch.device(device))] = "serves"
+    return table

@@ -1,0 +1,2 @@
+def measure_triton(weights, plan, shape):
+    raise NotImplementedError

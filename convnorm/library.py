@@ -1,0 +1,195 @@
+"""The operators: their schemas, their gradients, and how they reach a backend.
+
+``torch.ops.convnorm.l1 | linf | norms | norms_many`` find a layer's windows and hand them, with the weight as it is, to one of
+three opaque operators that do the reading (``backends.py`` says which):
+
+    measure_native      the compiled extension: C++ on CPU, CUDA on a GPU
+    measure_triton      Triton
+    measure_reference   plain PyTorch, on every device
+
+All three have the schema ``MEASURE``. They return, for N weights one after another, in a tensor of any ``shape`` of N elements:
+
+    l1[*shape], linf[*shape]    the norms
+    winners[*shape, 2, 2]       for the l1, then the linf norm: the channel that won, and which of its windows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library, register_fake, register_vmap
+
+from .backends import BACKENDS, backend_for, load_native
+from .geometry import GeometryError, geometry
+from .kernels.triton_measure import measure_triton
+from .plan import layer_plan, read_plan
+from .reference import measure_reference, result_dtype
+from .winners import slice_sum, window_counts
+
+LAYER = (
+    "int[1] stride, int[1] padding, SymInt[1] in_shape, *, int[1]? dilation=None, int groups=1, "
+    "str padding_mode='zeros', bool transposed=False, int[1]? output_padding=None"
+)
+LAYERS = (
+    "int[][] stride, int[][] padding, SymInt[][] in_shape, *, int[][]? dilation=None, int[]? groups=None, "
+    "str[]? padding_mode=None, bool[]? transposed=None, int[][]? output_padding=None"
+)
+MEASURE = "(Tensor[] weights, int[] plan, int[] shape) -> (Tensor l1, Tensor linf, Tensor winners)"
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+lib = Library("convnorm", "DEF")
+lib.define(f"l1(Tensor weight, {LAYER}) -> Tensor")
+lib.define(f"linf(Tensor weight, {LAYER}) -> Tensor")
+lib.define(f"norms(Tensor weight, {LAYER}) -> (Tensor l1, Tensor linf)")
+lib.define(f"norms_many(Tensor[] weights, {LAYERS}) -> (Tensor l1s, Tensor linfs)")
+lib.define("window_counts(Tensor winner, int[] plan, bool column) -> Tensor")
+for name in BACKENDS:
+    lib.define(f"measure_{name}" + MEASURE)
+
+
+def l1(weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return _measure([weight], _plan(weight, *args, **kwargs), [])[0]
+
+
+def linf(weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return _measure([weight], _plan(weight, *args, **kwargs), [])[1]
+
+
+def norms(weight: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    return _measure([weight], _plan(weight, *args, **kwargs), [])[:2]
+
+
+def norms_many(
+    weights: list[Tensor],
+    stride: list[list[int]],
+    padding: list[list[int]],
+    in_shape: list[list[int]],
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    columns = {"stride": stride, "padding": padding, "in_shape": in_shape}
+    columns |= {name: column for name, column in options.items() if column is not None}
+    for name, column in columns.items():
+        if len(column) != len(weights):
+            raise GeometryError(f"convnorm: {name} has {len(column)} entries for {len(weights)} weights")
+    if not weights:
+        raise GeometryError("convnorm: weights [] is empty")
+    layers = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    plan = [i for weight, layer in zip(weights, layers, strict=True) for i in _plan(weight, **layer)]
+    return _measure(weights, plan, [len(weights)])[:2]
+
+
+for public in (l1, linf, norms, norms_many):
+    lib.impl(public.__name__, public, "CompositeImplicitAutograd")
+    lib.impl(public.__name__, public, "FuncTorchBatched")
+
+
+def _plan(
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    in_shape: Sequence[int],
+    *,
+    dilation: Sequence[int] | None = None,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+    transposed: bool = False,
+    output_padding: Sequence[int] | None = None,
+) -> Sequence[int]:
+    if weight.dtype not in DTYPES or weight.layout is not torch.strided:
+        what = weight.dtype if weight.layout is torch.strided else weight.layout
+        raise GeometryError(
+            f"convnorm: weight of {what} must be a strided tensor of float64, float32, float16 or bfloat16"
+        )
+    extra = None if output_padding is None else tuple(output_padding)
+    spread = None if dilation is None else tuple(dilation)
+    layer = (
+        weight.shape,
+        tuple(stride),
+        tuple(padding),
+        tuple(in_shape),
+        spread,
+        groups,
+        padding_mode,
+        transposed,
+        extra,
+    )
+    try:
+        return _cached_plan(*layer)
+    except TypeError:  # symbolic sizes have no hash
+        return layer_plan(geometry(*layer)).numbers
+
+
+@lru_cache(maxsize=4096)
+def _cached_plan(*layer: Any) -> tuple[int, ...]:
+    return layer_plan(geometry(*layer)).numbers
+
+
+def _measure(weights: list[Tensor], plan: Sequence[int], shape: list[int]) -> tuple[Tensor, Tensor]:
+    device = weights[0].device
+    for weight in weights:
+        if weight.device != device:
+            raise GeometryError(f"convnorm: weights on {device} and {weight.device} must be on one device")
+    read = getattr(torch.ops.convnorm, f"measure_{backend_for(device)}").default
+    l1, linf, winners = read(weights, plan, shape)
+    if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
+        l1 = _differentiable(l1, winners[..., 0, :], weights, plan, of_columns=True)
+        linf = _differentiable(linf, winners[..., 1, :], weights, plan, of_columns=False)
+    return l1, linf
+
+
+def _differentiable(
+    values: Tensor, winners: Tensor, weights: list[Tensor], plan: Sequence[int], of_columns: bool
+) -> Tensor:
+    """The same values, now functions of the winning slices."""
+    each = zip(weights, read_plan(plan), winners.reshape(-1, 2), strict=True)
+    sums = torch.stack(
+        [slice_sum(weight, layer, winner, of_columns != layer.transposed) for weight, layer, winner in each]
+    )
+    sums = sums.to(values.dtype).reshape(values.shape)
+    return torch.where(sums.isfinite(), values + (sums - sums.detach()), sums)
+
+
+for kernel in (measure_reference, measure_triton, window_counts):
+    lib.impl(kernel.__name__, torch.no_grad()(kernel), "CompositeExplicitAutograd")
+load_native()
+for opaque in ("window_counts", *(f"measure_{name}" for name in BACKENDS)):  # not differentiable: pass autograd by
+    lib.impl(opaque, torch.library.fallthrough_kernel, "Autograd")
+
+
+def _fake_measure(weights: list[Tensor], plan: Sequence[int], shape: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    value = weights[0].new_empty(shape, dtype=result_dtype(weights))
+    return value, torch.empty_like(value), value.new_empty([*shape, 2, 2], dtype=torch.int64)
+
+
+def _vmap_measure(name: str) -> None:
+    @register_vmap(f"convnorm::{name}", lib=lib)
+    def batched(info: Any, in_dims: tuple, weights: list[Tensor], plan: Sequence[int], shape: list[int]) -> tuple:
+        """A batch of networks is one network of all their layers."""
+        batch = range(info.batch_size)
+        members = [
+            w if dim is None else w.select(dim, i) for i in batch for w, dim in zip(weights, in_dims[0], strict=True)
+        ]
+        return getattr(torch.ops.convnorm, name)(members, [*plan] * len(batch), [len(batch), *shape]), (0, 0, 0)
+
+
+for name in BACKENDS:
+    register_fake(f"convnorm::measure_{name}", _fake_measure, lib=lib)
+    _vmap_measure(f"measure_{name}")
+
+
+@register_fake("convnorm::window_counts", lib=lib)
+def _fake_window_counts(winner: Tensor, plan: Sequence[int], column: bool) -> Tensor:
+    (layer,) = read_plan(plan)
+    return winner.new_empty([axis.merged_taps for axis in layer.axes], dtype=torch.float32)
+
+
+@register_vmap("convnorm::window_counts", lib=lib)
+def _vmap_window_counts(
+    info: Any, in_dims: tuple, winner: Tensor, plan: Sequence[int], column: bool
+) -> tuple[Tensor, int]:
+    each = [torch.ops.convnorm.window_counts(one, plan, column) for one in winner.unbind(in_dims[0])]
+    return torch.stack(each), 0

@@ -1,0 +1,71 @@
+"""A layer's windows as a flat list of integers, the form in which they cross the boundary of an operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from .geometry import Geometry
+
+Lists = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class AxisPlan:
+    """``merged`` lists the taps of each merged tap, and is empty where the merged taps are the taps. A window lists
+    its merged taps, each as often as it counts."""
+
+    taps: int
+    merged: Lists
+    inputs: Lists
+    outputs: Lists
+
+    @property
+    def merged_taps(self) -> int:
+        return len(self.merged) or self.taps
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    groups: int
+    transposed: bool
+    axes: tuple[AxisPlan, ...]
+
+    @cached_property
+    def numbers(self) -> tuple[int, ...]:
+        """groups, transposed, number of axes, then for each axis: taps, merged taps, input windows, output windows."""
+        plan = [self.groups, int(self.transposed), len(self.axes)]
+        for axis in self.axes:
+            plan.append(axis.taps)
+            for lists in (axis.merged, axis.inputs, axis.outputs):
+                plan += [len(lists), *(i for one in lists for i in (len(one), *one))]
+        return tuple(plan)
+
+
+def layer_plan(geometry: Geometry) -> LayerPlan:
+    axes = []
+    for axis in geometry.axes:
+        inputs, outputs = (tuple(window.repeated for window in side) for side in (axis.inputs, axis.outputs))
+        axes.append(AxisPlan(axis.taps, axis.merged if axis.merges else (), inputs, outputs))
+    return LayerPlan(geometry.groups, geometry.transposed, tuple(axes))
+
+
+def read_plan(plan: Sequence[int]) -> tuple[LayerPlan, ...]:
+    """The plans of one layer after another."""
+    return _read_plan(tuple(plan))
+
+
+@lru_cache(maxsize=1024)
+def _read_plan(plan: tuple[int, ...]) -> tuple[LayerPlan, ...]:
+    numbers = iter(plan)
+
+    def lists() -> Lists:
+        return tuple(tuple(next(numbers) for _ in range(next(numbers))) for _ in range(next(numbers)))
+
+    layers = []
+    for groups in numbers:
+        transposed, n_axes = bool(next(numbers)), next(numbers)
+        axes = tuple(AxisPlan(next(numbers), lists(), lists(), lists()) for _ in range(n_axes))
+        layers.append(LayerPlan(groups, transposed, axes))
+    return tuple(layers)

@@ -1,0 +1,70 @@
+"""From a winner, the channel and window where a norm is attained, back to the few weights that the norm depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .plan import AxisPlan, LayerPlan, Lists, read_plan
+
+
+def as_matrix(weight: Tensor, layer: LayerPlan) -> Tensor:
+    """[groups, rows, columns, *taps], a view: the matrix of each group, were every tap an input of its own."""
+    return weight.unflatten(0, (layer.groups, -1))
+
+
+def merge_taps(kernel: Tensor, axes: Sequence[AxisPlan]) -> Tensor:
+    """Sum ``kernel[..., *taps]`` over merged taps. In float64, since what is merged may cancel."""
+    if kernel.dtype != torch.float64:
+        kernel = kernel.to(torch.float64 if any(axis.merged for axis in axes) else torch.float32)
+    for dim, axis in enumerate(axes, kernel.dim() - len(axes)):
+        if axis.merged:
+            parts = [sum(kernel.select(dim, tap) for tap in taps) for taps in axis.merged]
+            kernel = torch.stack(parts, dim)
+    return kernel
+
+
+def slice_index(weight: Tensor, layer: LayerPlan, winner: Tensor, column: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Index of the winning column (or row) in ``as_matrix(weight)``: [rows (or columns), *taps]. Nothing leaves the device."""
+    _, rows, columns, *_ = as_matrix(weight, layer).shape
+    every = torch.arange(rows if column else columns, device=weight.device)
+    channels = columns if column else rows
+    group, channel = winner[:1] // channels, winner[:1] % channels
+    return (group, every, channel) if column else (group, channel, every)
+
+
+def slice_sum(weight: Tensor, layer: LayerPlan, winner: Tensor, column: bool) -> Tensor:
+    """The norm once more, from its winning slice alone: the differentiable form of it.
+
+        sum_a u[a] |K'[winning slice, a]|      with u the winning window
+
+    Built from PyTorch's own operators, so that every transform of ``torch.func`` and every compiler sees through it.
+    """
+    kernel = merge_taps(as_matrix(weight, layer)[slice_index(weight, layer, winner, column)], layer.axes)
+    counts = torch.ops.convnorm.window_counts(winner, layer.numbers, column).to(kernel.dtype)
+    return torch.where(counts > 0, kernel.abs() * counts, 0).sum()
+
+
+def window_counts(winner: Tensor, plan: Sequence[int], column: bool) -> Tensor:
+    """counts[*merged taps] of the window that won. An operator, so that its tables stay on the device between calls."""
+    return _window_table(tuple(plan), column, winner.device).index_select(0, winner[1:]).squeeze(0)
+
+
+@lru_cache(maxsize=1024)
+def _window_table(plan: tuple[int, ...], column: bool, device: torch.device) -> Tensor:
+    """counts[windows, *merged taps]: the products of the windows of the axes."""
+    (layer,) = read_plan(plan)
+    table = torch.ones(1)
+    for axis in layer.axes:
+        side = _counts(axis.inputs if column else axis.outputs, axis.merged_taps)
+        table = torch.einsum("w...,va->wv...a", table, side).flatten(0, 1)
+    return table.to(device)
+
+
+def _counts(windows: Lists, merged_taps: int) -> Tensor:
+    return torch.stack(
+        [torch.bincount(torch.tensor(w, dtype=torch.int64), minlength=merged_taps).float() for w in windows]
+    )
