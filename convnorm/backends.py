@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 
@@ -53,6 +54,7 @@ def backend_for(device: torch.device) -> str:
     return _chosen
 
 
+@cache
 def _default(device_type: str) -> str:
     if device_type == "cpu":  # the interpreter of Triton is for tests: only when asked for
         return "reference" if why_not("native", "cpu") else "native"

@@ -14,8 +14,8 @@ the windows of a layer are the products of the windows of its axes, and
     l1   = max over input channels  and input windows  u  of  sum_a u[a] sum_rows    |K'[row, column, a]|
     linf = max over output channels and output windows v  of  sum_a v[a] sum_columns |K'[row, column, a]|
 
-with ``K'`` the kernel summed over merged taps. Every backend receives the windows as a flat list of integers (``plan.py``)
-and only sums over them: the theory stands nowhere else.
+with ``K'`` the kernel summed over merged taps. Every backend receives the windows as a flat list of integers
+(``plan.py``) and only sums over them: the theory stands nowhere else.
 """
 
 from __future__ import annotations
@@ -47,12 +47,17 @@ class Window:
 
 @dataclass(frozen=True)
 class Axis:
-    """One spatial axis: its merged taps, each a tuple of taps, and its undominated windows."""
+    """One spatial axis: its merged taps, each a tuple of taps, its undominated windows, and how many outputs it has.
+
+    ``entries`` counts how often each merged tap stands in the axis's matrix.
+    """
 
     taps: int
     merged: tuple[tuple[int, ...], ...]
     inputs: tuple[Window, ...]
     outputs: tuple[Window, ...]
+    entries: tuple[int, ...]
+    size: int
 
     @property
     def merges(self) -> bool:
@@ -61,13 +66,25 @@ class Axis:
 
 @dataclass(frozen=True)
 class Geometry:
-    """A layer's windows. ``transposed`` exchanges the roles of rows and columns, so l1 and linf change places."""
+    """A layer's windows, and its arguments with one entry, or one (before, after), for each axis.
+
+    ``transposed`` exchanges the roles of rows and columns, so l1 and linf change places.
+    """
 
     axes: tuple[Axis, ...]
     groups: int
     transposed: bool
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
     in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
+
+    def entries(self, i: int) -> tuple[int, ...]:
+        """How often each merged tap of axis ``i`` stands in its matrix, at the axis's full size."""
+        axis, outputs = self.axes[i], (self.in_shape if self.transposed else self.out_shape)[i]
+        cut = outputs - axis.size  # outputs that the shorter axis lacks: all of them read every tap
+        return tuple(n + cut if a < axis.taps else n for a, n in enumerate(axis.entries))
 
 
 def fold(position: np.ndarray, n: int, mode: str) -> np.ndarray:
@@ -113,7 +130,8 @@ def axis_windows(
     seen_by_output = np.zeros((outputs, len(merged)), np.int64)
     np.add.at(seen_by_input, (reads[o, t], ids[o, t]), 1)
     np.add.at(seen_by_output, (o, ids[o, t]), 1)
-    return Axis(taps, merged, _undominated(seen_by_input), _undominated(seen_by_output))
+    entries = tuple(seen_by_output.sum(0).tolist())
+    return Axis(taps, merged, _undominated(seen_by_input), _undominated(seen_by_output), entries, outputs)
 
 
 def out_size(n: int, taps: int, stride: int, before: int, after: int, dilation: int) -> int:
@@ -208,7 +226,7 @@ def geometry(
             if n + before + after < d * (k - 1) + 1:
                 _refuse(
                     "in_shape", list(in_shape),
-                    f"with padding {(before, after)} is smaller than the kernel of {k} taps at dilation {d} on axis {i}",
+                    f"with padding {(before, after)} is smaller than the kernel, {k} taps at dilation {d}, on axis {i}",
                 )  # fmt: skip
             most = {"reflect": n - 1, "circular": n}.get(padding_mode, before + after)
             if max(before, after) > most:
@@ -220,7 +238,9 @@ def geometry(
             size = out_size(n, k, s, before, after, d)
             axes.append(axis_windows(_shorten(n, k, s, before, after, d), k, s, before, after, d, padding_mode))
         out_shape.append(size)
-    return Geometry(tuple(axes), int(groups), bool(transposed), tuple(in_shape), tuple(out_shape))
+    return Geometry(
+        tuple(axes), int(groups), bool(transposed), strides, paddings, dilations, tuple(in_shape), tuple(out_shape)
+    )
 
 
 def _per_axis(name: str, values: Sequence[int], n_axes: int, least: int) -> tuple[int, ...]:

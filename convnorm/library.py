@@ -1,13 +1,14 @@
 """The operators: their schemas, their gradients, and how they reach a backend.
 
-``torch.ops.convnorm.l1 | linf | norms | norms_many`` find a layer's windows and hand them, with the weight as it is, to one of
-three opaque operators that do the reading (``backends.py`` says which):
+``torch.ops.convnorm.l1 | linf | norms | norms_many`` find a layer's windows and hand them, with the weight as it is, to
+one of three opaque operators that do the reading (``backends.py`` says which):
 
     measure_native      the compiled extension: C++ on CPU, CUDA on a GPU
     measure_triton      Triton
     measure_reference   plain PyTorch, on every device
 
-All three have the schema ``MEASURE``. They return, for N weights one after another, in a tensor of any ``shape`` of N elements:
+All three have the schema ``MEASURE``. They return, for N weights one after another, in tensors of any ``shape`` of N
+elements:
 
     l1[*shape], linf[*shape]    the norms
     winners[*shape, 2, 2]       for the l1, then the linf norm: the channel that won, and which of its windows
@@ -28,7 +29,7 @@ from .geometry import GeometryError, geometry
 from .kernels.triton_measure import measure_triton
 from .plan import layer_plan, read_plan
 from .reference import measure_reference, result_dtype
-from .winners import slice_sum, window_counts
+from .winners import as_matrix, slice_index, slice_norm, window_counts
 
 LAYER = (
     "int[1] stride, int[1] padding, SymInt[1] in_shape, *, int[1]? dilation=None, int groups=1, "
@@ -51,16 +52,16 @@ for name in BACKENDS:
     lib.define(f"measure_{name}" + MEASURE)
 
 
-def l1(weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return _measure([weight], _plan(weight, *args, **kwargs), [])[0]
+def l1(weight: Tensor, stride: list, padding: list, in_shape: list, **options: Any) -> Tensor:
+    return norms(weight, stride, padding, in_shape, **options)[0]
 
 
-def linf(weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return _measure([weight], _plan(weight, *args, **kwargs), [])[1]
+def linf(weight: Tensor, stride: list, padding: list, in_shape: list, **options: Any) -> Tensor:
+    return norms(weight, stride, padding, in_shape, **options)[1]
 
 
-def norms(weight: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    return _measure([weight], _plan(weight, *args, **kwargs), [])[:2]
+def norms(weight: Tensor, stride: list, padding: list, in_shape: list, **options: Any) -> tuple[Tensor, Tensor]:
+    return _measure([weight], plan_of(weight, stride, padding, in_shape, **options), [])
 
 
 def norms_many(
@@ -68,18 +69,27 @@ def norms_many(
     stride: list[list[int]],
     padding: list[list[int]],
     in_shape: list[list[int]],
-    **options: Any,
+    *,
+    dilation: list[list[int]] | None = None,
+    groups: list[int] | None = None,
+    padding_mode: list[str] | None = None,
+    transposed: list[bool] | None = None,
+    output_padding: list[list[int]] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    columns = {"stride": stride, "padding": padding, "in_shape": in_shape}
-    columns |= {name: column for name, column in options.items() if column is not None}
-    for name, column in columns.items():
-        if len(column) != len(weights):
-            raise GeometryError(f"convnorm: {name} has {len(column)} entries for {len(weights)} weights")
     if not weights:
         raise GeometryError("convnorm: weights [] is empty")
-    layers = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    plan = [i for weight, layer in zip(weights, layers, strict=True) for i in _plan(weight, **layer)]
-    return _measure(weights, plan, [len(weights)])[:2]
+    sizes = {"stride": stride, "padding": padding, "in_shape": in_shape, "dilation": dilation}
+    kinds = {"groups": groups, "padding_mode": padding_mode, "transposed": transposed, "output_padding": output_padding}
+    columns = []
+    for (name, column), missing in zip(
+        (sizes | kinds).items(), (None, None, None, None, 1, "zeros", False, None), strict=True
+    ):
+        column = [missing] * len(weights) if column is None else column
+        if len(column) != len(weights):
+            raise GeometryError(f"convnorm: {name} has {len(column)} entries for {len(weights)} weights")
+        columns.append([tuple(one) if isinstance(one, list) else one for one in column])
+    plan = [i for layer in zip((w.shape for w in weights), *columns, strict=True) for i in _plan(layer)]
+    return _measure(weights, plan, [len(weights)])
 
 
 for public in (l1, linf, norms, norms_many):
@@ -87,7 +97,7 @@ for public in (l1, linf, norms, norms_many):
     lib.impl(public.__name__, public, "FuncTorchBatched")
 
 
-def _plan(
+def plan_of(
     weight: Tensor,
     stride: Sequence[int],
     padding: Sequence[int],
@@ -98,42 +108,40 @@ def _plan(
     padding_mode: str = "zeros",
     transposed: bool = False,
     output_padding: Sequence[int] | None = None,
-) -> Sequence[int]:
-    if weight.dtype not in DTYPES or weight.layout is not torch.strided:
-        what = weight.dtype if weight.layout is torch.strided else weight.layout
-        raise GeometryError(
-            f"convnorm: weight of {what} must be a strided tensor of float64, float32, float16 or bfloat16"
-        )
-    extra = None if output_padding is None else tuple(output_padding)
-    spread = None if dilation is None else tuple(dilation)
-    layer = (
-        weight.shape,
-        tuple(stride),
-        tuple(padding),
-        tuple(in_shape),
-        spread,
-        groups,
-        padding_mode,
-        transposed,
-        extra,
-    )
+) -> tuple[int, ...]:
+    """A layer's plan; refuses what is no layer."""
+    sizes = (tuple(stride), tuple(padding), tuple(in_shape), dilation and tuple(dilation))
+    return _plan((weight.shape, *sizes, groups, padding_mode, transposed, output_padding and tuple(output_padding)))
+
+
+def _plan(layer: tuple) -> tuple[int, ...]:
     try:
-        return _cached_plan(*layer)
+        return _cached_plan(layer)
     except TypeError:  # symbolic sizes have no hash
         return layer_plan(geometry(*layer)).numbers
 
 
 @lru_cache(maxsize=4096)
-def _cached_plan(*layer: Any) -> tuple[int, ...]:
+def _cached_plan(layer: tuple) -> tuple[int, ...]:
     return layer_plan(geometry(*layer)).numbers
 
 
-def _measure(weights: list[Tensor], plan: Sequence[int], shape: list[int]) -> tuple[Tensor, Tensor]:
+_MEASURE = {name: getattr(torch.ops.convnorm, f"measure_{name}").default for name in BACKENDS}
+
+
+def read(weights: Sequence[Tensor], plan: Sequence[int], shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Read the weights once: their norms and the winners, by the backend that serves their device. No gradients."""
     device = weights[0].device
     for weight in weights:
+        if weight.dtype not in DTYPES or weight.layout is not torch.strided:
+            what = weight.dtype if weight.layout is torch.strided else weight.layout
+            raise GeometryError(f"convnorm: weight of {what} must be strided, of float64, float32, float16 or bfloat16")
         if weight.device != device:
             raise GeometryError(f"convnorm: weights on {device} and {weight.device} must be on one device")
-    read = getattr(torch.ops.convnorm, f"measure_{backend_for(device)}").default
+    return _MEASURE[backend_for(device)](weights, plan, shape)
+
+
+def _measure(weights: list[Tensor], plan: Sequence[int], shape: list[int]) -> tuple[Tensor, Tensor]:
     l1, linf, winners = read(weights, plan, shape)
     if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
         l1 = _differentiable(l1, winners[..., 0, :], weights, plan, of_columns=True)
@@ -145,12 +153,13 @@ def _differentiable(
     values: Tensor, winners: Tensor, weights: list[Tensor], plan: Sequence[int], of_columns: bool
 ) -> Tensor:
     """The same values, now functions of the winning slices."""
-    each = zip(weights, read_plan(plan), winners.reshape(-1, 2), strict=True)
-    sums = torch.stack(
-        [slice_sum(weight, layer, winner, of_columns != layer.transposed) for weight, layer, winner in each]
-    )
-    sums = sums.to(values.dtype).reshape(values.shape)
-    return torch.where(sums.isfinite(), values + (sums - sums.detach()), sums)
+    sums = []
+    for weight, layer, winner in zip(weights, read_plan(plan), winners.reshape(-1, 2), strict=True):
+        column = of_columns != layer.transposed
+        part = as_matrix(weight, layer)[slice_index(weight, layer, winner, column)]
+        sums.append(slice_norm(part, layer, winner, column))
+    again = torch.stack(sums).to(values.dtype).reshape(values.shape)
+    return torch.where(again.isfinite(), values + (again - again.detach()), again)
 
 
 for kernel in (measure_reference, measure_triton, window_counts):

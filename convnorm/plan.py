@@ -14,7 +14,8 @@ Lists = tuple[tuple[int, ...], ...]
 @dataclass(frozen=True)
 class AxisPlan:
     """``merged`` lists the taps of each merged tap, and is empty where the merged taps are the taps. A window lists
-    its merged taps, each as often as it counts."""
+    its merged taps, each as often as it counts.
+    """
 
     taps: int
     merged: Lists

@@ -28,7 +28,7 @@ def merge_taps(kernel: Tensor, axes: Sequence[AxisPlan]) -> Tensor:
 
 
 def slice_index(weight: Tensor, layer: LayerPlan, winner: Tensor, column: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Index of the winning column (or row) in ``as_matrix(weight)``: [rows (or columns), *taps]. Nothing leaves the device."""
+    """Where the winning column (or row) stands in ``as_matrix(weight)``, found without anything leaving the device."""
     _, rows, columns, *_ = as_matrix(weight, layer).shape
     every = torch.arange(rows if column else columns, device=weight.device)
     channels = columns if column else rows
@@ -36,14 +36,14 @@ def slice_index(weight: Tensor, layer: LayerPlan, winner: Tensor, column: bool) 
     return (group, every, channel) if column else (group, channel, every)
 
 
-def slice_sum(weight: Tensor, layer: LayerPlan, winner: Tensor, column: bool) -> Tensor:
-    """The norm once more, from its winning slice alone: the differentiable form of it.
+def slice_norm(part: Tensor, layer: LayerPlan, winner: Tensor, column: bool) -> Tensor:
+    """The norm once more, differentiable: from its winning slice ``part[rows (or columns), *taps]`` alone.
 
-        sum_a u[a] |K'[winning slice, a]|      with u the winning window
+        sum_a u[a] |part'[:, a]|      with u the winning window, and part' summed over merged taps
 
     Built from PyTorch's own operators, so that every transform of ``torch.func`` and every compiler sees through it.
     """
-    kernel = merge_taps(as_matrix(weight, layer)[slice_index(weight, layer, winner, column)], layer.axes)
+    kernel = merge_taps(part, layer.axes)
     counts = torch.ops.convnorm.window_counts(winner, layer.numbers, column).to(kernel.dtype)
     return torch.where(counts > 0, kernel.abs() * counts, 0).sum()
 

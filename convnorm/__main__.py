@@ -1,0 +1,69 @@
+"""``python -m convnorm check MODEL --input 3 32 32``: the norms of a model's layers, each checked by its witness."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib
+import math
+import sys
+
+import torch
+from torch import nn
+
+from . import norms, witness
+from .layers import Use, observe
+
+TOLERANCE = 1e-5  # relative, of a sum in float32
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m convnorm", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    check = commands.add_parser("check", help="print the norms of all layers beside what their witnesses attain")
+    check.add_argument("model", metavar="MODEL", help="package.module:factory, called without arguments")
+    check.add_argument("--input", type=int, nargs="+", required=True, metavar="SIZE", help="channels and spatial sizes")
+    check.set_defaults(run=lambda options: check_model(load_model(options.model), options.input))
+    options = parser.parse_args(arguments)
+    return options.run(options)
+
+
+def load_model(name: str) -> nn.Module:
+    module, _, factory = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), factory)()
+    except (ImportError, AttributeError, ValueError) as error:
+        sys.exit(f"convnorm: MODEL {name!r} is no package.module:factory: {error}")
+
+
+def check_model(model: nn.Module, in_shape: list[int]) -> int:
+    """Print every layer's norms, and what their witnesses attain when the layer itself maps them. 1 if one is off."""
+    print(
+        f"{'layer':24} {'kind':10} {'weight':20} {'input':8} {'l1':>10} {'attained':>10} {'linf':>10} {'attained':>10}"
+    )
+    worst = 0.0
+    for use in observe(model, [1, *in_shape]):
+        found = norms(use.module, use.in_shape)
+        row = [attained(use, ord) for ord in (1, math.inf)]
+        l1, linf = found.l1.item(), found.linf.item()
+        worst = max(worst, *(abs(got / said - 1) for got, said in zip(row, (l1, linf), strict=True)))
+        size = "x".join(map(str, use.in_shape))
+        shape = "x".join(map(str, use.module.weight.shape))
+        kind = type(use.module).__name__
+        print(f"{use.name:24} {kind:10} {shape:20} {size:8} {l1:10.6g} {row[0]:10.6g} {linf:10.6g} {row[1]:10.6g}")
+    print(f"Largest difference between a norm and what its witness attains: {worst:.1e}, relative.")
+    return int(not worst <= TOLERANCE)
+
+
+def attained(use: Use, ord: float) -> float:
+    """||layer(x)|| / ||x|| for the witness x, by the module itself in double precision, without its bias."""
+    module = copy.deepcopy(use.module).double()
+    module.bias = None
+    x = witness(use.module, use.in_shape, ord=ord).double()
+    with torch.no_grad():
+        y = module(x)
+    return (torch.linalg.vector_norm(y, ord) / torch.linalg.vector_norm(x, ord)).item()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

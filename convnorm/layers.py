@@ -1,0 +1,195 @@
+"""A module, or a raw weight with its arguments, as what the operators take; and the convolution that it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .geometry import Geometry, GeometryError, geometry
+from .plan import LayerPlan, layer_plan
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A weight and the arguments of its convolution.
+
+    ``torch.ops.convnorm.norms(layer.weight, *layer.sizes, **layer.options)``
+    """
+
+    weight: Tensor
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    in_shape: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+    transposed: bool
+    output_padding: tuple[int, ...]
+
+    @property
+    def sizes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        return self.stride, self.padding, self.in_shape
+
+    @property
+    def options(self) -> dict[str, Any]:
+        names = ("dilation", "groups", "padding_mode", "transposed", "output_padding")
+        return {name: getattr(self, name) for name in names}
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        return geometry(tuple(self.weight.shape), *self.sizes, **self.options)
+
+    @cached_property
+    def plan(self) -> LayerPlan:
+        return layer_plan(self.geometry)
+
+    @property
+    def in_channels(self) -> int:
+        return self.weight.shape[0] if self.transposed else self.weight.shape[1] * self.groups
+
+    @property
+    def out_channels(self) -> int:
+        return self.weight.shape[1] * self.groups if self.transposed else self.weight.shape[0]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The linear map itself, [batch, channels, *in_shape] -> [batch, channels, *out_shape], by PyTorch.
+
+        >>> import torch
+        >>> layer = as_layer(nn.Conv1d(2, 3, 3, padding="same"), in_shape=[8])
+        >>> layer(torch.ones(1, 2, 8)).shape
+        torch.Size([1, 3, 8])
+        """
+        shape, n_axes = self.geometry, len(self.in_shape)
+        if n_axes == 0:
+            return x @ (self.weight if self.transposed else self.weight.T)
+        if self.transposed:
+            convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[n_axes - 1]
+            full = convolve(x, self.weight, None, shape.stride, 0, 0, self.groups, shape.dilation)
+            # negative padding crops; beyond the last output, output padding adds zeros
+            excess = [
+                (-before, before + size - n)
+                for (before, _), size, n in zip(shape.padding, shape.out_shape, full.shape[2:], strict=True)
+            ]
+            return F.pad(full, _last_axis_first(excess))
+        x = F.pad(x, _last_axis_first(shape.padding), "constant" if self.padding_mode == "zeros" else self.padding_mode)
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[n_axes - 1]
+        return convolve(x, self.weight, None, shape.stride, 0, shape.dilation, self.groups)
+
+
+def _last_axis_first(ends: Sequence[tuple[int, int]]) -> list[int]:
+    return [p for both in reversed(ends) for p in both]
+
+
+def as_layer(layer: nn.Module | Tensor | Layer, in_shape: Sequence[int] = (), **options: Any) -> Layer:
+    """A module of PyTorch at one input size, or a raw weight with the options of its operator.
+
+    >>> as_layer(nn.ConvTranspose2d(4, 2, 3, stride=2, output_padding=1), in_shape=[5, 5]).geometry.out_shape
+    (12, 12)
+    """
+    if isinstance(layer, Layer):
+        return layer
+    if isinstance(layer, Tensor):
+        weight = layer
+    elif isinstance(layer, LAYERS):
+        if options:
+            raise GeometryError(f"convnorm: {', '.join(options)}: a module brings its own, they are for raw weights")
+        weight, options = layer.weight, _options_of(layer)
+    else:
+        kinds = ", ".join(kind.__name__ for kind in LAYERS)
+        raise TypeError(f"convnorm: layer of type {type(layer).__name__} must be a tensor or one of {kinds}")
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        raise GeometryError("convnorm: weight is not initialised yet: run the layer once")
+    n_axes = max(weight.dim() - 2, 0)
+    given = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0} | options
+    unknown = set(given) - {"stride", "padding", "dilation", "output_padding", "groups", "padding_mode", "transposed"}
+    if unknown:
+        raise TypeError(f"convnorm: unknown option {', '.join(sorted(unknown))}")
+    sizes = {name: _tuple(given[name], n_axes) for name in ("stride", "padding", "dilation", "output_padding")}
+    return Layer(
+        weight,
+        in_shape=_tuple(in_shape, n_axes),
+        groups=given.get("groups", 1),
+        padding_mode=given.get("padding_mode", "zeros"),
+        transposed=given.get("transposed", False),
+        **sizes,
+    )
+
+
+def _tuple(value: int | Sequence[int], n_axes: int) -> tuple[int, ...]:
+    return (value,) * n_axes if isinstance(value, int) else tuple(value)
+
+
+def _options_of(module: nn.Module) -> dict[str, Any]:
+    if isinstance(module, nn.Linear):
+        return {}
+    options = {name: getattr(module, name) for name in ("stride", "dilation", "groups", "padding_mode")}
+    if isinstance(module, TRANSPOSED):
+        return options | {"padding": module.padding, "output_padding": module.output_padding, "transposed": True}
+    return options | {"padding": _padding_of(module)}
+
+
+def _padding_of(module: nn.Module) -> tuple[int, ...]:
+    """(before, after) for each axis where the padding is ``"same"``, which puts the odd one behind."""
+    if module.padding == "valid":
+        return (0,) * len(module.kernel_size)
+    if module.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        return tuple(p for total in totals for p in (total // 2, total - total // 2))
+    return module.padding
+
+
+@dataclass(frozen=True)
+class Use:
+    """A layer of a model, by name, and one input size that it was used at."""
+
+    name: str
+    module: nn.Module
+    in_shape: tuple[int, ...]
+
+    @property
+    def layer(self) -> Layer:
+        return as_layer(self.module, self.in_shape)
+
+
+def observe(model: nn.Module, *inputs: Tensor | Sequence[int]) -> list[Use]:
+    """The layers of a model in the order of their use, each once for every input size, for inputs or their shapes.
+
+    Runs the model in evaluation mode on fake tensors: nothing is computed, no statistics change.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 10))
+    >>> [(use.name, use.in_shape) for use in observe(model, [1, 3, 8, 8])]
+    [('0', (8, 8)), ('2', ())]
+    """
+    uses: dict[tuple[nn.Module, tuple[int, ...]], Use] = {}
+
+    def see(name: str, module: nn.Module, args: tuple) -> None:
+        in_shape = tuple(args[0].shape[args[0].dim() - module.weight.dim() + 2 :]) if module.weight.dim() > 2 else ()
+        uses.setdefault((module, in_shape), Use(name, module, in_shape))
+
+    hooks = [
+        module.register_forward_pre_hook(lambda module, args, name=name: see(name, module, args))
+        for name, module in model.named_modules()
+        if isinstance(module, LAYERS)
+    ]
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            model(*(fake.from_tensor(x) if isinstance(x, Tensor) else torch.empty(*x) for x in inputs))
+    finally:
+        for module in training:
+            module.training = True
+        for hook in hooks:
+            hook.remove()
+    return list(uses.values())

@@ -1,0 +1,53 @@
+// The inner loops: absolute sums along the columns and the rows of a block of one matrix, in one read of it.
+#pragma once
+
+#include <cstdint>
+
+namespace convnorm {
+
+constexpr int64_t kPadding = 16;  // tables are padded to whole groups of lanes
+inline int64_t padded(int64_t length) {
+  return (length + kPadding - 1) / kPadding * kPadding;
+}
+
+// A sum in float loses up to one rounding an addition. So no more than kMostRows rows are added to one float, then
+// doubles take over: 8e-6 relative at worst. Along a row likewise.
+constexpr int64_t kMostRows = 128;
+
+enum class Number { kFloat, kDouble, kHalf, kBFloat16, kCount };
+
+// Rows whose entries lie next to each other in memory, in any order of columns and taps.
+struct DenseBlock {
+  const void* data;
+  int64_t rows, row_stride, length;
+  void* column_sums;  // Sum[padded(length)], in the order of the memory; added to
+  double* row_sums;   // [rows]
+};
+
+// Any strides, taps merged or left out.
+struct GeneralBlock {
+  const void* data;
+  int64_t rows, row_stride, columns, column_stride, merged_taps;
+  const int64_t* merged;   // [merged_taps + 1] where the taps of each begin in
+  const int64_t* offsets;  // the offsets of taps
+  void* column_sums;       // Sum[merged_taps][padded(columns)]; added to
+  double* row_sums;        // [rows][merged_taps]
+};
+
+// Sum is double for double weights and wherever taps are merged, for what is merged may cancel; else float.
+struct Kernels {
+  void (*dense[static_cast<int>(Number::kCount)])(const DenseBlock&);
+  void (*general[static_cast<int>(Number::kCount)][2])(const GeneralBlock&);  // [..][Sum is double]
+  void (*combine_floats)(const float* tables, int64_t count, int64_t length, double* total);
+  void (*combine_doubles)(const double* tables, int64_t count, int64_t length, double* total);
+};
+
+const Kernels& kernels();  // the widest vectors that this processor has
+
+Kernels kernels_baseline();
+#if defined(__x86_64__)
+Kernels kernels_avx2();
+Kernels kernels_avx512();
+#endif
+
+}  // namespace convnorm

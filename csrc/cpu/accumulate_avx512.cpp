@@ -1,0 +1,27 @@
+#if defined(__x86_64__)
+#include <cstdint>
+#include <cstring>
+
+#include "accumulate.h"
+
+// Only what follows may use AVX-512: the headers above are shared with code that runs everywhere.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq")
+#endif
+#define CONVNORM_VECTOR_BYTES 64
+#include "lanes.h"
+// (the bodies come after what they need)
+#include "accumulate.inc"
+
+namespace convnorm {
+Kernels kernels_avx512() {
+  return compiled_kernels();
+}
+}  // namespace convnorm
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

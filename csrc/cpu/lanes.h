@@ -1,0 +1,107 @@
+// Sixteen numbers at a time, in vectors as wide as the machine has them. The compiler's vector types make the same code
+// serve x86-64 and ARM; sixteen lanes everywhere make the sums the same to the last bit on all of them.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifndef CONVNORM_VECTOR_BYTES
+#error "the including file says how wide its vectors are"
+#endif
+
+namespace {
+
+constexpr int kLanes = 16;
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class Number>
+struct Native {
+  typedef Number type __attribute__((vector_size(CONVNORM_VECTOR_BYTES)));
+};
+
+// The integers of a vector of floats, and half as wide vectors of sixteen bits, for what is done on the bits.
+constexpr int kFloats = CONVNORM_VECTOR_BYTES / 4;
+typedef uint32_t Bits __attribute__((vector_size(CONVNORM_VECTOR_BYTES)));
+typedef uint64_t WideBits __attribute__((vector_size(CONVNORM_VECTOR_BYTES)));
+typedef uint16_t Narrow __attribute__((vector_size(CONVNORM_VECTOR_BYTES / 2)));
+using Floats = Native<float>::type;
+using Doubles = Native<double>::type;
+
+inline Floats absolute(Bits bits) {
+  return (Floats)(bits & 0x7fffffffu);
+}
+
+inline Floats load_absolute(const float* from) {
+  Bits bits;
+  std::memcpy(&bits, from, sizeof bits);
+  return absolute(bits);
+}
+
+inline Doubles load_absolute(const double* from) {
+  WideBits bits;
+  std::memcpy(&bits, from, sizeof bits);
+  return (Doubles)(bits & 0x7fffffffffffffffull);
+}
+
+inline Bits load_narrow(const void* from) {
+  Narrow bits;
+  std::memcpy(&bits, from, sizeof bits);
+  return __builtin_convertvector(bits, Bits);
+}
+
+inline Floats load_absolute(const BFloat16* from) {
+  return absolute(load_narrow(from) << 16);
+}
+
+inline Floats load_absolute(const Half* from) {
+  const Bits half = load_narrow(from) & 0x7fffu;
+  const Bits normal = (half << 13) + (112u << 23);
+  const Bits denormal = (Bits)(__builtin_convertvector((Bits)half, Floats) * 0x1p-24f);
+  const Bits special = (half << 13) | 0x7f800000u;  // inf and NaN
+  const Bits is_denormal = (Bits)(half < 0x0400u), is_special = (Bits)(half >= 0x7c00u);
+  return (Floats)((denormal & is_denormal) | (special & is_special) | (normal & ~(is_denormal | is_special)));
+}
+
+template <class Sum>
+struct Lanes {
+  using Vector = typename Native<Sum>::type;
+  static constexpr int kPerVector = CONVNORM_VECTOR_BYTES / sizeof(Sum);
+  static constexpr int kVectors = kLanes / kPerVector;
+  Vector part[kVectors];
+
+  static inline Lanes zero() { return Lanes{}; }
+
+  static inline Lanes load(const Sum* from) {
+    Lanes lanes;
+    std::memcpy(&lanes, from, sizeof lanes);
+    return lanes;
+  }
+  inline void store(Sum* to) const { std::memcpy(to, this, sizeof *this); }
+
+  template <class Weight>
+  static inline Lanes absolutes(const Weight* from) {
+    Lanes lanes;
+    for (int i = 0; i < kVectors; ++i) lanes.part[i] = load_absolute(from + i * kPerVector);
+    return lanes;
+  }
+
+  inline Lanes& operator+=(const Lanes& other) {
+    for (int i = 0; i < kVectors; ++i) part[i] += other.part[i];
+    return *this;
+  }
+
+  inline double sum() const {
+    double total = 0;
+    for (int i = 0; i < kVectors; ++i)
+      for (int j = 0; j < kPerVector; ++j) total += part[i][j];
+    return total;
+  }
+};
+
+}  // namespace

@@ -1,0 +1,294 @@
+// measure_native on the CPU: cuts all layers into blocks, adds each up once, and finds the largest windows.
+//
+// The cut depends on the layers alone and every sum has one fixed order, so the result is the same to the last bit
+// whatever the number of threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <memory>
+#include <new>
+#include <tuple>
+
+#include "../matrix.h"
+#include "accumulate.h"
+
+namespace convnorm {
+namespace {
+
+constexpr int64_t kBlockElements = 1 << 18;     // a megabyte of floats: worth handing to a thread
+constexpr int64_t kParallelElements = 1 << 15;  // with fewer, as in PyTorch, one thread is faster
+constexpr int64_t kLeastRows = 32;              // a block writes no more than a 32nd of what it reads
+
+struct Best {
+  double value = -1;
+  int64_t channel = 0, window = 0;
+
+  // Channels and windows are offered in order: the first of equals stays, and NaN beats every number.
+  void offer(const Best& other) {
+    if (other.value > value || (std::isnan(other.value) && !std::isnan(value))) *this = other;
+  }
+};
+
+// Memory that begins with a line of the cache, so that no vector straddles two.
+template <class Sum>
+class Table {
+ public:
+  Sum* of_length(int64_t length) {
+    if (length > length_) {
+      memory_.reset(new (std::align_val_t(64)) Sum[length]);
+      length_ = length;
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Delete {
+    void operator()(Sum* memory) const { operator delete[](memory, std::align_val_t(64)); }
+  };
+  std::unique_ptr<Sum[], Delete> memory_;
+  int64_t length_ = 0;
+};
+
+struct Layer {
+  Matrix matrix;
+  const LayerPlan* plan;
+  Number number;
+  bool dense;                            // see DenseBlock
+  bool wide;                             // sums in double
+  bool depthwise;                        // a 1x1 matrix for each group: taken as one row, whose columns are the groups
+  std::vector<int64_t> merged, offsets;  // see GeneralBlock
+  int64_t rows_per_block, blocks_per_group, groups_per_item;
+  Best best_column, best_row;
+
+  int64_t merged_taps() const { return static_cast<int64_t>(merged.size()) - 1; }
+  int64_t table_length() const { return dense ? padded(matrix.row_length()) : merged_taps() * padded(matrix.columns); }
+  // The sum of column c and merged tap a stands in a table at c * column_step() + tap_step(a).
+  int64_t column_step() const { return dense ? matrix.column_stride : 1; }
+  int64_t tap_step(int32_t a) const { return dense ? offsets[a] : a * padded(matrix.columns); }
+};
+
+// Either whole groups that fit into one block, or a block of one group's rows, whose column sums are partial.
+struct Item {
+  Layer* layer;
+  int64_t group, groups, row, rows;
+  int64_t table;  // where its partial column sums go in the scratch memory of their type; -1: it is whole groups
+  Best column{}, row_best{};
+};
+
+Number number_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return Number::kFloat;
+    case ScalarType::Double:
+      return Number::kDouble;
+    case ScalarType::Half:
+      return Number::kHalf;
+    case ScalarType::BFloat16:
+      return Number::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, "convnorm: weight must be float64, float32, float16 or bfloat16");
+  }
+}
+
+Layer make_layer(const Tensor& weight, const LayerPlan& plan) {
+  Layer layer{};
+  Matrix& matrix = layer.matrix = as_matrix(weight, plan);
+  layer.plan = &plan;
+  layer.number = number_of(matrix.dtype);
+  layer.wide = plan.merges || layer.number == Number::kDouble;
+  layer.depthwise = matrix.groups > 1 && matrix.rows == 1 && matrix.columns == 1;
+  if (layer.depthwise) {
+    matrix.columns = std::exchange(matrix.groups, 1);
+    matrix.column_stride = matrix.group_stride;
+  }
+  layer.dense = !layer.depthwise && matrix.dense_rows && plan.outputs_read_all();
+  layer.merged.reserve(plan.merged.size() + 1);
+  layer.merged.push_back(0);
+  for (const auto& taps : plan.merged) {
+    for (int32_t tap : taps) layer.offsets.push_back(matrix.tap_offsets[tap]);
+    layer.merged.push_back(static_cast<int64_t>(layer.offsets.size()));
+  }
+  const int64_t rows = kBlockElements / std::max<int64_t>(matrix.row_length(), 1);
+  layer.rows_per_block = std::min(std::clamp(rows, kLeastRows, kMostRows), matrix.rows);
+  layer.blocks_per_group = (matrix.rows + layer.rows_per_block - 1) / layer.rows_per_block;
+  layer.groups_per_item = std::max<int64_t>(1, kBlockElements / (matrix.rows * matrix.row_length()));
+  return layer;
+}
+
+// max over columns and input windows u of  sum_a u[a] * table[column, a], sixteen columns at a time
+template <class Sum>
+Best best_column(const Layer& layer, const Lists& windows, const Sum* table, int64_t group) {
+  const int64_t step = layer.column_step(), columns = layer.matrix.columns;
+  const int64_t lists = static_cast<int64_t>(windows.size());
+  Best best;
+  std::vector<double> sums(16 * lists);
+  for (int64_t c = 0; c < columns; c += 16) {
+    const int64_t lanes = std::min<int64_t>(16, columns - c);
+    std::fill(sums.begin(), sums.end(), 0);
+    for (int64_t w = 0; w < lists; ++w)
+      for (int32_t a : windows[w]) {
+        const Sum* from = table + c * step + layer.tap_step(a);
+        for (int64_t l = 0; l < lanes; ++l) sums[w * 16 + l] += from[l * step];
+      }
+    for (int64_t l = 0; l < lanes; ++l)
+      for (int64_t w = 0; w < lists; ++w) best.offer({sums[w * 16 + l], group * columns + c + l, w});
+  }
+  return best;
+}
+
+Best best_row(const Layer& layer, const double* sums, int64_t first, int64_t rows) {
+  Best best;
+  const Lists& windows = layer.plan->outputs;
+  for (int64_t r = 0; r < rows; ++r) {
+    if (layer.dense) {
+      best.offer({sums[r], first + r, 0});
+      continue;
+    }
+    for (size_t w = 0; w < windows.size(); ++w) {
+      double sum = 0;
+      for (int32_t a : windows[w]) sum += sums[r * layer.merged_taps() + a];
+      best.offer({sum, first + r, static_cast<int64_t>(w)});
+    }
+  }
+  return best;
+}
+
+void accumulate(const Layer& layer, int64_t group, int64_t row, int64_t rows, void* table, double* row_sums) {
+  const Matrix& matrix = layer.matrix;
+  const int64_t offset = group * matrix.group_stride + row * matrix.row_stride;
+  const int number = static_cast<int>(layer.number);
+  const size_t size = layer.number == Number::kDouble ? 8 : layer.number == Number::kFloat ? 4 : 2;
+  const void* data = static_cast<const char*>(matrix.data) + offset * static_cast<int64_t>(size);
+  if (layer.dense)
+    kernels().dense[number]({data, rows, matrix.row_stride, matrix.row_length(), table, row_sums});
+  else
+    kernels().general[number][layer.wide]({data, rows, matrix.row_stride, matrix.columns, matrix.column_stride,
+                                           layer.merged_taps(), layer.merged.data(), layer.offsets.data(), table,
+                                           row_sums});
+}
+
+template <class Sum>
+void run(Item& item, Sum* scratch) {
+  const Layer& layer = *item.layer;
+  const int64_t length = layer.table_length();
+  thread_local Table<Sum> own_memory;
+  thread_local Table<double> row_memory;
+  double* row_sums = row_memory.of_length(item.rows * (layer.dense ? 1 : layer.merged_taps()));
+  Sum* own_table = item.table < 0 ? own_memory.of_length(length) : nullptr;
+  for (int64_t group = item.group; group < item.group + item.groups; ++group) {
+    Sum* table = own_table ? own_table : scratch + item.table;
+    std::fill(table, table + length, Sum(0));
+    accumulate(layer, group, item.row, item.rows, table, row_sums);
+    if (item.table < 0) item.column.offer(best_column(layer, layer.plan->inputs, table, group));
+    if (layer.depthwise)
+      item.row_best.offer(best_column(layer, layer.plan->outputs, table, group));
+    else
+      item.row_best.offer(best_row(layer, row_sums, group * layer.matrix.rows + item.row, item.rows));
+  }
+}
+
+inline void combine(const float* tables, int64_t count, int64_t length, double* total) {
+  kernels().combine_floats(tables, count, length, total);
+}
+inline void combine(const double* tables, int64_t count, int64_t length, double* total) {
+  kernels().combine_doubles(tables, count, length, total);
+}
+
+// The best column of a group whose blocks have left partial sums. `first` is the first of them.
+template <class Sum>
+Best best_of_blocks(const Item& first, const Sum* scratch) {
+  const Layer& layer = *first.layer;
+  thread_local Table<double> total;
+  double* sums = total.of_length(layer.table_length());
+  combine(scratch + first.table, layer.blocks_per_group, layer.table_length(), sums);
+  return best_column(layer, layer.plan->inputs, sums, first.group);
+}
+
+// Takes items off one queue with as many threads as there are: blocks differ in size.
+template <class Work>
+void for_each_item(std::vector<Item*>& items, bool parallel, const Work& work) {
+  std::atomic<size_t> next{0};
+  auto take = [&](int64_t, int64_t) {
+    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items.size();) work(*items[i]);
+  };
+  if (parallel && items.size() > 1)
+    torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, take);
+  else
+    take(0, 1);
+}
+
+void write(const Result& result, size_t i, const Layer& layer) {
+  const Best& l1 = layer.plan->transposed ? layer.best_row : layer.best_column;
+  const Best& linf = layer.plan->transposed ? layer.best_column : layer.best_row;
+  if (result.l1.scalar_type() == ScalarType::Double) {
+    static_cast<double*>(result.l1.mutable_data_ptr())[i] = l1.value;
+    static_cast<double*>(result.linf.mutable_data_ptr())[i] = linf.value;
+  } else {
+    static_cast<float*>(result.l1.mutable_data_ptr())[i] = static_cast<float>(l1.value);
+    static_cast<float*>(result.linf.mutable_data_ptr())[i] = static_cast<float>(linf.value);
+  }
+  int64_t* winners = static_cast<int64_t*>(result.winners.mutable_data_ptr()) + 4 * i;
+  winners[0] = l1.channel;
+  winners[1] = l1.window;
+  winners[2] = linf.channel;
+  winners[3] = linf.window;
+}
+
+std::tuple<Tensor, Tensor, Tensor> measure_cpu(std::vector<Tensor> weights, std::vector<int64_t> numbers,
+                                               std::vector<int64_t> shape) {
+  const auto plan = read_plan(numbers);
+  const Result result = new_result(weights, *plan, shape);
+  std::vector<Layer> layers;
+  std::vector<Item> items;
+  layers.reserve(weights.size());
+  int64_t elements = 0, floats = 0, doubles = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    layers.push_back(make_layer(weights[i], (*plan)[i]));
+    Layer& layer = layers.back();
+    const Matrix& matrix = layer.matrix;
+    elements += matrix.groups * matrix.rows * matrix.row_length();
+    if (layer.blocks_per_group == 1) {
+      for (int64_t g = 0; g < matrix.groups; g += layer.groups_per_item)
+        items.push_back({&layer, g, std::min(layer.groups_per_item, matrix.groups - g), 0, matrix.rows, -1});
+      continue;
+    }
+    int64_t& end = layer.wide ? doubles : floats;
+    for (int64_t g = 0; g < matrix.groups; ++g)
+      for (int64_t r = 0; r < matrix.rows; r += layer.rows_per_block) {
+        items.push_back({&layer, g, 1, r, std::min(layer.rows_per_block, matrix.rows - r), end});
+        end += layer.table_length();
+      }
+  }
+
+  Table<float> float_memory;
+  Table<double> double_memory;
+  float* float_tables = float_memory.of_length(floats);
+  double* double_tables = double_memory.of_length(doubles);
+  std::vector<Item*> all, first_blocks;
+  for (Item& item : items) {
+    all.push_back(&item);
+    if (item.table >= 0 && item.row == 0) first_blocks.push_back(&item);
+  }
+  const bool parallel = elements > kParallelElements;
+  for_each_item(all, parallel,
+                [&](Item& item) { item.layer->wide ? run(item, double_tables) : run(item, float_tables); });
+  for_each_item(first_blocks, parallel, [&](Item& item) {
+    item.column = item.layer->wide ? best_of_blocks(item, double_tables) : best_of_blocks(item, float_tables);
+  });
+  for (const Item& item : items) {
+    if (item.table < 0 || item.row == 0) item.layer->best_column.offer(item.column);
+    item.layer->best_row.offer(item.row_best);
+  }
+  for (size_t i = 0; i < layers.size(); ++i) write(result, i, layers[i]);
+  return {result.l1, result.linf, result.winners};
+}
+
+}  // namespace
+}  // namespace convnorm
+
+STABLE_TORCH_LIBRARY_IMPL(convnorm, CPU, m) {
+  m.impl("measure_native", TORCH_BOX(&convnorm::measure_cpu));
+}

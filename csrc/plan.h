@@ -1,0 +1,125 @@
+// A layer's windows, read from the list of integers that convnorm/plan.py writes. The theory behind them stands in
+// convnorm/geometry.py; here the axes are only multiplied out into what a kernel sums over.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+namespace convnorm {
+
+using Lists = std::vector<std::vector<int32_t>>;
+
+struct LayerPlan {
+  int64_t groups;
+  bool transposed;
+  std::vector<int64_t> kernel;  // taps of each axis; a tap of the layer is their row-major index
+  Lists merged;                 // the taps of each merged tap that some window counts
+  Lists inputs;                 // windows: the merged taps (indices into `merged`), each as often as it counts
+  Lists outputs;
+  bool merges;  // some merged tap is more than one tap
+
+  // Every output reads every tap once: a row's absolute sum needs no telling taps apart.
+  bool outputs_read_all() const {
+    int64_t taps = 1;
+    for (int64_t k : kernel) taps *= k;
+    return !merges && outputs.size() == 1 && static_cast<int64_t>(outputs[0].size()) == taps;
+  }
+};
+
+// Reads one layer after another. Numbers that name what does not exist are refused, so that no kernel leaves a table.
+class PlanReader {
+ public:
+  explicit PlanReader(const std::vector<int64_t>& numbers) : numbers_(numbers) {}
+
+  bool done() const { return at_ == numbers_.size(); }
+
+  LayerPlan layer() {
+    LayerPlan plan{next(), next() != 0, {}, {{0}}, {{0}}, {{0}}, false};
+    const int64_t axes = below(4, next());
+    for (int64_t i = 0; i < axes; ++i) {
+      const int64_t taps = next();
+      Lists merged = lists(taps);
+      if (merged.empty())
+        for (int32_t tap = 0; tap < taps; ++tap) merged.push_back({tap});
+      const int64_t merged_taps = static_cast<int64_t>(merged.size());
+      plan.kernel.push_back(taps);
+      plan.merged = product(plan.merged, merged, taps);
+      plan.inputs = product(plan.inputs, lists(merged_taps), merged_taps);
+      plan.outputs = product(plan.outputs, lists(merged_taps), merged_taps);
+    }
+    drop_uncounted(plan);
+    for (const auto& taps : plan.merged) plan.merges |= taps.size() > 1;
+    return plan;
+  }
+
+ private:
+  int64_t next() {
+    if (done()) throw std::runtime_error("convnorm: plan ends too early");
+    return numbers_[at_++];
+  }
+  static int64_t below(int64_t limit, int64_t number) {
+    if (number < 0 || number >= limit) throw std::runtime_error("convnorm: plan names what does not exist");
+    return number;
+  }
+  Lists lists(int64_t limit) {
+    const int64_t left = static_cast<int64_t>(numbers_.size()) + 1;
+    Lists read(below(left, next()));
+    for (auto& one : read) {
+      one.resize(below(left, next()));
+      for (int32_t& number : one) number = static_cast<int32_t>(below(limit, next()));
+    }
+    return read;
+  }
+  static Lists product(const Lists& slow, const Lists& fast, int64_t fast_size) {
+    Lists all;
+    for (const auto& one : slow)
+      for (const auto& other : fast) {
+        all.emplace_back();
+        for (int32_t i : one)
+          for (int32_t j : other) all.back().push_back(i * static_cast<int32_t>(fast_size) + j);
+      }
+    return all;
+  }
+  static void drop_uncounted(LayerPlan& plan) {
+    std::vector<int32_t> kept(plan.merged.size(), -1);
+    for (const Lists* side : {&plan.inputs, &plan.outputs})
+      for (const auto& window : *side)
+        for (int32_t a : window) kept[a] = 0;
+    Lists merged;
+    for (size_t a = 0; a < kept.size(); ++a)
+      if (kept[a] == 0) {
+        kept[a] = static_cast<int32_t>(merged.size());
+        merged.push_back(std::move(plan.merged[a]));
+      }
+    plan.merged = std::move(merged);
+    for (Lists* side : {&plan.inputs, &plan.outputs})
+      for (auto& window : *side)
+        for (int32_t& a : window) a = kept[a];
+  }
+
+  const std::vector<int64_t>& numbers_;
+  size_t at_ = 0;
+};
+
+using Plan = std::vector<LayerPlan>;
+
+// The layers of a plan. Networks are measured again and again: what was read stays, for as many plans as a process
+// could have use for.
+inline std::shared_ptr<const Plan> read_plan(const std::vector<int64_t>& numbers) {
+  static std::mutex mutex;
+  static std::map<std::vector<int64_t>, std::shared_ptr<const Plan>> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(numbers);
+  if (found != known.end()) return found->second;
+  auto plan = std::make_shared<Plan>();
+  for (PlanReader reader(numbers); !reader.done();) plan->push_back(reader.layer());
+  if (known.size() >= 1024) known.clear();
+  return known.emplace(numbers, std::move(plan)).first->second;
+}
+
+}  // namespace convnorm

@@ -1,0 +1,103 @@
+"""Builds the extension: C++ for the CPU, CUDA where nvcc is found (no GPU needed), one library for PyTorch >= 2.11.
+
+CONVNORM_NO_EXT=1 leaves it out: plain PyTorch then serves the same operators. CONVNORM_CUDA=0 leaves CUDA out,
+CONVNORM_CUDA=1 demands it. CONVNORM_CXX_FLAGS adds flags for compiler and linker (sanitizers).
+"""
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CSRC = Path("csrc")
+CUDA_TARGETS = (80, 86, 89, 90, 100)  # machine code for each, and PTX of the last for what comes after
+
+
+class BuildNative(build_ext):
+    """Calls the compilers directly: the stable ABI needs headers of PyTorch and nothing of its builder."""
+
+    def get_ext_filename(self, name: str) -> str:
+        return name.replace(".", "/") + ".abi3.so"
+
+    def build_extension(self, ext: Extension) -> None:
+        import torch
+
+        root = Path(torch.__file__).parent
+        nvcc = find_nvcc()
+        common = [
+            "-isystem",
+            str(root / "include"),
+            f"-I{CSRC}",
+            "-std=c++17",
+            "-O3",
+            "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        ]
+        host = [
+            os.environ.get("CXX", "c++"),
+            *common,
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-Wall",
+            "-Wextra",
+            "-ffp-contract=off",
+        ]
+        host += os.environ.get("CONVNORM_CXX_FLAGS", "").split()
+        codes = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in CUDA_TARGETS]
+        codes.append(f"-gencode=arch=compute_{CUDA_TARGETS[-1]},code=compute_{CUDA_TARGETS[-1]}")
+        device = [str(nvcc), *common, "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden", *codes]
+
+        sources = [(host, source) for source in map(Path, ext.sources)]
+        if nvcc:
+            sources += [(device, source) for source in sorted((CSRC / "cuda").glob("*.cu"))]
+        build = Path(self.build_temp)
+        build.mkdir(parents=True, exist_ok=True)
+        objects = [build / f"{source.stem}.o" for _, source in sources]
+        commands = [[*compiler, "-c", str(s), "-o", str(o)] for (compiler, s), o in zip(sources, objects, strict=True)]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            failed = any(list(pool.map(subprocess.call, commands)))
+        if failed:
+            raise RuntimeError("the extension does not compile; CONVNORM_NO_EXT=1 installs without it")
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        cudart = [f"-L{nvcc.parent.parent / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"] if nvcc else []
+        link = [
+            host[0],
+            "-shared",
+            *map(str, objects),
+            f"-L{root / 'lib'}",
+            "-ltorch_cpu",
+            "-lc10",
+            *cudart,
+            "-o",
+            str(target),
+        ]
+        subprocess.run([*link, *os.environ.get("CONVNORM_CXX_FLAGS", "").split()], check=True)
+
+
+def find_nvcc() -> Path | None:
+    """The CUDA compiler, or None: then the library serves the CPU only."""
+    wanted = os.environ.get("CONVNORM_CUDA")
+    if wanted == "0":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    found = (
+        shutil.which("nvcc", path=f"{home}/bin")
+        if home
+        else shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    )
+    if found is None and wanted == "1":
+        raise RuntimeError("CONVNORM_CUDA=1, but no nvcc is found: set CUDA_HOME")
+    return Path(found).resolve() if found else None
+
+
+native = Extension("convnorm._native", sorted(map(str, (CSRC / "cpu").glob("*.cpp"))), py_limited_api=True)
+no_ext = os.environ.get("CONVNORM_NO_EXT") == "1"
+setup(
+    ext_modules=[] if no_ext else [native],
+    cmdclass={"build_ext": BuildNative},
+    options={} if no_ext else {"bdist_wheel": {"py_limited_api": "cp310"}},
+)

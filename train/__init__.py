@@ -1,0 +1,1 @@
+"""The experiments of Liang & Huang (AAAI 2021), and the networks that they and the benchmarks use."""
