@@ -47,7 +47,7 @@ def why_not(backend: str, device_type: str) -> str | None:
 
 def backend_for(device: torch.device) -> str:
     """The backend that serves a device: the one asked for with ``use_backend``, or the first that can."""
-    if _chosen is None:
+    if _chosen is None or device.type == "meta":  # without values any backend gives the same
         return _default(device.type)
     if reason := why_not(_chosen, device.type):
         raise RuntimeError(f"convnorm: backend {_chosen!r} cannot serve {device.type}: {reason}")

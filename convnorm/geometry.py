@@ -201,8 +201,8 @@ def geometry(
     if len(in_shape) != n_axes:
         _refuse("in_shape", list(in_shape), f"must have one size for each of the weight's {n_axes} spatial axes")
     strides = _per_axis("stride", stride, n_axes, least=1)
-    dilations = _per_axis("dilation", dilation or (1,), n_axes, least=1)
-    extra = _per_axis("output_padding", output_padding or (0,), n_axes, least=0)
+    dilations = _per_axis("dilation", (1,) if dilation is None else dilation, n_axes, least=1)
+    extra = _per_axis("output_padding", (0,) if output_padding is None else output_padding, n_axes, least=0)
     paddings = _paddings(padding, n_axes)
     if transposed and padding_mode != "zeros":
         _refuse("padding_mode", repr(padding_mode), "is not defined for a transposed convolution, only 'zeros'")

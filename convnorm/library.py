@@ -17,7 +17,7 @@ elements:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -60,8 +60,10 @@ def linf(weight: Tensor, stride: list, padding: list, in_shape: list, **options:
     return norms(weight, stride, padding, in_shape, **options)[1]
 
 
-def norms(weight: Tensor, stride: list, padding: list, in_shape: list, **options: Any) -> tuple[Tensor, Tensor]:
-    return _measure([weight], plan_of(weight, stride, padding, in_shape, **options), [])
+def norms(
+    weight: Tensor, stride: list, padding: list, in_shape: list, *, in_vmap: bool = False, **options: Any
+) -> tuple[Tensor, Tensor]:
+    return _measure([weight], plan_of(weight, stride, padding, in_shape, **options), [], in_vmap)
 
 
 def norms_many(
@@ -75,6 +77,7 @@ def norms_many(
     padding_mode: list[str] | None = None,
     transposed: list[bool] | None = None,
     output_padding: list[list[int]] | None = None,
+    in_vmap: bool = False,
 ) -> tuple[Tensor, Tensor]:
     if not weights:
         raise GeometryError("convnorm: weights [] is empty")
@@ -89,12 +92,12 @@ def norms_many(
             raise GeometryError(f"convnorm: {name} has {len(column)} entries for {len(weights)} weights")
         columns.append([tuple(one) if isinstance(one, list) else one for one in column])
     plan = [i for layer in zip((w.shape for w in weights), *columns, strict=True) for i in _plan(layer)]
-    return _measure(weights, plan, [len(weights)])
+    return _measure(weights, plan, [len(weights)], in_vmap)
 
 
 for public in (l1, linf, norms, norms_many):
     lib.impl(public.__name__, public, "CompositeImplicitAutograd")
-    lib.impl(public.__name__, public, "FuncTorchBatched")
+    lib.impl(public.__name__, partial(public, in_vmap=True), "FuncTorchBatched")
 
 
 def plan_of(
@@ -110,8 +113,10 @@ def plan_of(
     output_padding: Sequence[int] | None = None,
 ) -> tuple[int, ...]:
     """A layer's plan; refuses what is no layer."""
-    sizes = (tuple(stride), tuple(padding), tuple(in_shape), dilation and tuple(dilation))
-    return _plan((weight.shape, *sizes, groups, padding_mode, transposed, output_padding and tuple(output_padding)))
+    spread = None if dilation is None else tuple(dilation)
+    extra = None if output_padding is None else tuple(output_padding)
+    layer = (tuple(stride), tuple(padding), tuple(in_shape), spread, groups, padding_mode, transposed, extra)
+    return _plan((weight.shape, *layer))
 
 
 def _plan(layer: tuple) -> tuple[int, ...]:
@@ -141,9 +146,12 @@ def read(weights: Sequence[Tensor], plan: Sequence[int], shape: Sequence[int]) -
     return _MEASURE[backend_for(device)](weights, plan, shape)
 
 
-def _measure(weights: list[Tensor], plan: Sequence[int], shape: list[int]) -> tuple[Tensor, Tensor]:
+def _measure(
+    weights: list[Tensor], plan: Sequence[int], shape: list[int], in_vmap: bool = False
+) -> tuple[Tensor, Tensor]:
     l1, linf, winners = read(weights, plan, shape)
-    if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
+    # inside vmap a tensor does not say whether what it is a batch of requires grad
+    if in_vmap or (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
         l1 = _differentiable(l1, winners[..., 0, :], weights, plan, of_columns=True)
         linf = _differentiable(linf, winners[..., 1, :], weights, plan, of_columns=False)
     return l1, linf

@@ -1,0 +1,82 @@
+// measure_native on CUDA: at most two launches for all layers of one dtype, and nothing that a graph could not capture:
+// no synchronisation, no copies (all that the kernels need to know travels as their argument), no memory but PyTorch's.
+#include <cuda_runtime_api.h>
+
+#include "measure.h"
+
+// Only a PyTorch with CUDA has it, and one library serves those without as well.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+namespace convnorm::cuda {
+namespace {
+
+void check(cudaError_t code, const char* what) {
+  STD_TORCH_CHECK(code == cudaSuccess, "convnorm: ", what, " failed: ", cudaGetErrorString(code));
+}
+
+// Makes a device current, and afterwards again the one that was.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    check(cudaSetDevice(device), "cudaSetDevice");
+  }
+  ~DeviceGuard() { (void)cudaSetDevice(before_); }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
+class CurrentStream {
+ public:
+  explicit CurrentStream(int device) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "convnorm: this PyTorch was built without CUDA");
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+    int major = 0;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+    overlaps_ = major >= 9;
+  }
+
+  // The caching allocator gives memory out again in the order of the stream: it may be freed right after a launch.
+  static Tensor allocate(const Tensor& like, int64_t bytes) {
+    return new_tensor(like, {(bytes + 7) / 8}, aoti_torch_dtype_int64());
+  }
+
+  template <int kSize>
+  void launch(void (*kernel)(Network<kSize>), int blocks, int threads, Network<kSize>& network, bool follows) const {
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.stream = stream_;
+    config.attrs = &overlap;
+    config.numAttrs = follows && overlaps_ ? 1 : 0;
+    void* arguments[] = {&network};
+    check(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments), "launching a kernel");
+  }
+
+ private:
+  cudaStream_t stream_;
+  bool overlaps_;
+};
+
+Measured measure_cuda(std::vector<Tensor> weights, std::vector<int64_t> plan, std::vector<int64_t> shape) {
+  STD_TORCH_CHECK(!weights.empty(), "convnorm: weights [] is empty");
+  const int32_t device = weights[0].get_device_index();
+  for (const Tensor& weight : weights)
+    STD_TORCH_CHECK(weight.is_cuda() && weight.get_device_index() == device, "convnorm: weights must be on one device");
+  const DeviceGuard guard(device);
+  CurrentStream stream(device);
+  return measure(weights, plan, shape, Cut{}, stream);
+}
+
+}  // namespace
+}  // namespace convnorm::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(convnorm, CUDA, m) { m.impl("measure_native", TORCH_BOX(&convnorm::cuda::measure_cuda)); }
