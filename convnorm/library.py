@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import Library, register_fake, register_vmap
 
 from .backends import BACKENDS, backend_for, load_native
@@ -150,8 +151,9 @@ def _measure(
     weights: list[Tensor], plan: Sequence[int], shape: list[int], in_vmap: bool = False
 ) -> tuple[Tensor, Tensor]:
     l1, linf, winners = read(weights, plan, shape)
-    # inside vmap a tensor does not say whether what it is a batch of requires grad
-    if in_vmap or (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
+    # inside vmap a tensor does not say whether what it is a batch of requires grad, nor a dual tensor that it is one
+    backward = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+    if backward or in_vmap or forward_ad._current_level >= 0:
         l1 = _differentiable(l1, winners[..., 0, :], weights, plan, of_columns=True)
         linf = _differentiable(linf, winners[..., 1, :], weights, plan, of_columns=False)
     return l1, linf

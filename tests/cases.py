@@ -2,12 +2,12 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from convnorm.geometry import Geometry, geometry
 from convnorm.plan import layer_plan
@@ -75,6 +75,7 @@ TABLE = {
     "reflect": _case((3, 2, 4, 3), (4, 3), (2, 1), (3, 2), padding_mode="reflect"),
     "conv3d": _case((2, 2, 3, 2, 3), (4, 3, 3), (2, 1, 1), (1, 0, 1)),
     "conv3d_circular": _case((2, 1, 2, 2, 3), (2, 3, 3), padding=(1, 1, 2), padding_mode="circular"),
+    "nothing_but_padding": _case((2, 3, 1), (1,), (2,), (1,)),
     "transposed": _case((3, 4, 3, 3), (4, 4), (2, 2), (1, 1), transposed=True, output_padding=[1, 1]),
     "transposed_grouped": _case((4, 3, 3), (5,), (3,), (1, 0), transposed=True, groups=2, output_padding=[2]),
     "transposed_dilated": _case((2, 3, 3), (4,), padding=(1,), transposed=True, dilation=[3], output_padding=[2]),
@@ -97,19 +98,41 @@ def random_case(rng: np.random.Generator, merging: bool | None = None) -> Case:
         size = (first * groups if transposed else second * groups) * np.prod([axis["n"] for axis in drawn])
         if size > 500:
             continue
-        pairs = [axis["pair"] for axis in drawn]
-        same = all(before == after for before, after in pairs)
-        case = _case(
-            (first * groups, second, *(axis["k"] for axis in drawn)),
-            tuple(axis["n"] for axis in drawn),
-            tuple(axis["stride"] for axis in drawn),
-            tuple(before for before, _ in pairs) if same else tuple(p for pair in pairs for p in pair),
-            dilation=[axis["dilation"] for axis in drawn],
-            groups=groups,
-            padding_mode=mode,
-            transposed=transposed,
-        )
-        return replace(case, options=case.options | {"output_padding": [axis["extra"] for axis in drawn]})
+        return _assemble((first * groups, second), drawn, mode, transposed, groups)
+
+
+def _assemble(channels: tuple[int, int], drawn: list[dict[str, Any]], mode: str, transposed: bool, groups: int) -> Case:
+    pairs = [axis["pair"] for axis in drawn]
+    same = all(before == after for before, after in pairs)
+    return _case(
+        (*channels, *(axis["k"] for axis in drawn)),
+        tuple(axis["n"] for axis in drawn),
+        tuple(axis["stride"] for axis in drawn),
+        tuple(before for before, _ in pairs) if same else tuple(p for pair in pairs for p in pair),
+        dilation=[axis["dilation"] for axis in drawn],
+        groups=groups,
+        padding_mode=mode,
+        transposed=transposed,
+        output_padding=[axis["extra"] for axis in drawn],
+    )
+
+
+def random_large_case(rng: np.random.Generator, elements: int = 1 << 20) -> Case:
+    """A layer of up to so many weights: too large for a matrix, large enough for every way to cut it into blocks."""
+    axes = int(rng.choice(4, p=[0.1, 0.2, 0.5, 0.2]))
+    mode = str(rng.choice(MODES)) if rng.random() < 0.4 else "zeros"
+    transposed = mode == "zeros" and rng.random() < 0.3
+    drawn = [_random_axis(rng, axes, mode, transposed) for _ in range(axes)]
+    taps = int(np.prod([axis["k"] for axis in drawn]))
+    kind = rng.choice(["plain", "depthwise", "grouped"], p=[0.6, 0.15, 0.25]) if axes else "plain"
+    groups = {"plain": 1, "depthwise": _log_uniform(rng, 5000)}.get(kind) or _log_uniform(rng, 200)
+    rows = 1 if kind == "depthwise" else _log_uniform(rng, max(1, elements // (taps * groups)))
+    columns = 1 if kind == "depthwise" else _log_uniform(rng, max(1, elements // (taps * groups * rows)))
+    return _assemble((rows * groups, columns), drawn, mode, transposed, groups)
+
+
+def _log_uniform(rng: np.random.Generator, most: int) -> int:
+    return int(np.exp(rng.uniform(0, np.log(most + 1))))
 
 
 def _random_axis(rng, axes, mode, transposed) -> dict[str, Any]:
@@ -235,24 +258,3 @@ def careless_case(rng: np.random.Generator) -> Case:
     options = {"dilation": list(draw(1, 4)), "groups": int(rng.integers(1, 4)), "padding_mode": mode}
     options |= {"transposed": transposed, "output_padding": list(draw(0, 4)) if transposed else [0]}
     return _case(shape, draw(1, 6), draw(1, 4), draw(0, 5), **options)
-
-
-def module(case: Case, weight: Tensor) -> nn.Module:
-    """PyTorch's own layer, with this weight; its padding has to be the same on both sides."""
-    axes, bias = len(case.in_shape), False
-    if not axes:
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias)
-    else:
-        kind = getattr(nn, f"Conv{'Transpose' if case.transposed else ''}{axes}d")
-        second = weight.shape[1] * case.groups
-        channels = (weight.shape[0], second) if case.transposed else (second, weight.shape[0])
-        options = {name: value for name, value in case.options.items() if name != "transposed"}
-        if not case.transposed:
-            options.pop("output_padding", None)
-        layer = kind(*channels, weight.shape[2:], case.stride, case.padding, bias=bias, **options)
-    layer.weight = nn.Parameter(weight)
-    return layer
-
-
-def has_module(case: Case) -> bool:
-    return len(case.padding) <= max(len(case.in_shape), 1)

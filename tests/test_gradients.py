@@ -10,8 +10,6 @@ import torch
 from cases import TABLE, replay
 from torch import Tensor
 
-import convnorm
-
 ops = torch.ops.convnorm
 inf = float("inf")
 
@@ -264,36 +262,3 @@ def test_functional_call_regularises_a_module(device):
     through_func = torch.func.grad(loss)(params)
     (conv(x).square().sum() + ops.l1(conv.weight, 1, 1, [8, 8])).backward()
     torch.testing.assert_close(through_func["weight"], conv.weight.grad)
-
-
-@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-@pytest.mark.parametrize("name", TABLE)
-def test_subgradient_is_the_gradient(device, name, dtype):
-    case, weight = sample(name, dtype, device=device)
-    stride, padding, in_shape = case.args
-    options = case.options | ({"stride": stride, "padding": padding} if case.in_shape else {})
-    for ord, g in zip((1, inf), gradients(weight, case)[1], strict=True):
-        sparse = convnorm.subgradient(weight, in_shape, ord=ord, **options)
-        dense = convnorm.subgradient(weight, in_shape, ord=ord, layout="dense", **options)
-        assert (sparse.layout, dense.layout) == (torch.sparse_coo, torch.strided)
-        assert sparse.is_coalesced()
-        assert sparse.dtype == dense.dtype == dtype
-        assert sparse.values().ne(0).all()
-        assert torch.equal(sparse.to_dense(), g)
-        assert torch.equal(dense, g)
-
-
-def test_subgradient_takes_modules_without_touching_their_gradients(device):
-    conv = torch.nn.Conv2d(3, 4, 3, padding="same").to(device, memory_format=torch.channels_last)
-    for layout in ("sparse", "dense"):
-        with torch.no_grad():
-            g = convnorm.subgradient(conv, [8, 8], layout=layout)
-        assert not g.requires_grad
-        assert torch.equal(g.to_dense(), gradients(conv.weight, cases.Case((4, 3, 3, 3), (1,), (1,), (8, 8)))[1][0])
-    assert conv.weight.grad is None
-    conv.weight.data.add_(g, alpha=-0.1)  # as an optimiser would
-
-
-def test_subgradient_in_another_layout_is_refused():
-    with pytest.raises(ValueError, match=r"convnorm: layout 'csr' must be 'sparse' or 'dense'"):
-        convnorm.subgradient(torch.ones(1, 1, 3), [8], layout="csr")

@@ -110,6 +110,29 @@ def test_ties_go_to_the_first_winner(backend, device, seed, numbers):
             assert tuple(winner) == first, f"ord {ord}. {replay(seed, number, case)}"
 
 
+@pytest.mark.parametrize("values", ["integers", "poisoned", "normal"])
+def test_large_layers_equal_the_reference(backend, device, seed, numbers, values):
+    """Integers add up without rounding: then norms and winners are equal, whichever blocks the weights are cut into."""
+    for number in numbers[::40]:
+        rng = np.random.default_rng((seed, number, 13))
+        case, dtype = cases.random_large_case(rng), cases.DTYPES[int(rng.integers(4))]
+        weight = cases.random_values(rng, case.weight_shape, dtype, "normal" if values == "normal" else "integers")
+        if values == "poisoned":
+            for poison in rng.choice([nan, inf, -inf], int(rng.integers(1, 4))):
+                weight.view(-1)[int(rng.integers(weight.numel()))] = poison
+        weight = cases.lay_out(weight.to(device), str(rng.choice(cases.LAYOUTS)))
+        got, expected = measure(backend, weight, case), measure("reference", weight.double().cpu(), case)
+        message = f"{dtype}, {weight.stride()}. {replay(seed, number, case)}"
+        if values == "normal":
+            assert_norms(got[:2], expected[:2], weight, message)
+        else:
+            same = [
+                torch.equal(g.double().nan_to_num(-1).cpu(), e.double().nan_to_num(-1))
+                for g, e in zip(got, expected, strict=True)
+            ]
+            assert all(same), f"l1, linf, winners: {same}. {message}"
+
+
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("name", TABLE)
 def test_each_layout_of_the_weight_gives_the_same_norms(server, device, name, dtype):
@@ -159,6 +182,15 @@ def test_merged_taps_sum_before_their_absolute_value(device):
     for mode, expected in (("zeros", 1.0), ("circular", 0.25), ("replicate", 0.25)):
         norms = ops.norms(weight, 1, 1, [1], padding_mode=mode)
         assert [norm.item() for norm in norms] == [expected] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_merged_taps_may_cancel_but_for_a_little(device, dtype):
+    """Summed in float32 they would cancel altogether."""
+    little = 2.0**-30
+    weight = torch.tensor([[[1, little, -1]], [[-1, -little, 1]]], dtype=dtype, device=device)
+    l1, linf = ops.norms(weight, 1, 1, [1], padding_mode="replicate")
+    assert (l1.item(), linf.item()) == (2 * little, little)
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)

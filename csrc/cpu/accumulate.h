@@ -16,22 +16,24 @@ constexpr int64_t kMostRows = 128;
 
 enum class Number { kFloat, kDouble, kHalf, kBFloat16, kCount };
 
-// Rows whose entries lie next to each other in memory, in any order of columns and taps.
+// Rows whose entries are one stretch of memory. Their sums are taken over `segments` equal parts of it, or, where
+// `period` is more than 1, over every period-th entry.
 struct DenseBlock {
   const void* data;
-  int64_t rows, row_stride, length;
+  int64_t rows, row_stride, length, segments, period;
   void* column_sums;  // Sum[padded(length)], in the order of the memory; added to
-  double* row_sums;   // [rows]
+  double* row_sums;   // [rows][segments * period]; added to
 };
 
-// Any strides, taps merged or left out.
+// Any strides; taps merged or left out.
 struct GeneralBlock {
   const void* data;
-  int64_t rows, row_stride, columns, column_stride, merged_taps;
-  const int64_t* merged;   // [merged_taps + 1] where the taps of each begin in
-  const int64_t* offsets;  // the offsets of taps
-  void* column_sums;       // Sum[merged_taps][padded(columns)]; added to
-  double* row_sums;        // [rows][merged_taps]
+  int64_t rows, row_stride, columns, column_stride, taps, merged_taps;
+  const int64_t* tap_offsets;  // [taps]
+  const int64_t* merged;       // [merged_taps + 1] where the taps of each begin in
+  const int64_t* merged_of;    // taps
+  void* column_sums;           // Sum[merged_taps][padded(columns)]; added to
+  double* row_sums;            // [rows][merged_taps]; added to
 };
 
 // Sum is double for double weights and wherever taps are merged, for what is merged may cancel; else float.

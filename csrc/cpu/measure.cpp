@@ -56,18 +56,24 @@ struct Layer {
   Matrix matrix;
   const LayerPlan* plan;
   Number number;
-  bool dense;                            // see DenseBlock
-  bool wide;                             // sums in double
-  bool depthwise;                        // a 1x1 matrix for each group: taken as one row, whose columns are the groups
-  std::vector<int64_t> merged, offsets;  // see GeneralBlock
+  bool dense;       // see DenseBlock
+  bool wide;        // sums in double
+  bool whole_rows;  // every output reads every tap: a row has one sum
+  bool depthwise;   // a 1x1 matrix for each group: taken as one row, whose columns are the groups
+  int64_t segments, period;
+  std::vector<int64_t> taps;               // the offsets of those taps that count
+  std::vector<int64_t> merged, merged_of;  // see GeneralBlock
   int64_t rows_per_block, blocks_per_group, groups_per_item;
   Best best_column, best_row;
 
-  int64_t merged_taps() const { return static_cast<int64_t>(merged.size()) - 1; }
+  int64_t merged_taps() const { return static_cast<int64_t>(plan->merged.size()); }
   int64_t table_length() const { return dense ? padded(matrix.row_length()) : merged_taps() * padded(matrix.columns); }
   // The sum of column c and merged tap a stands in a table at c * column_step() + tap_step(a).
   int64_t column_step() const { return dense ? matrix.column_stride : 1; }
-  int64_t tap_step(int32_t a) const { return dense ? offsets[a] : a * padded(matrix.columns); }
+  int64_t tap_step(int32_t a) const { return dense ? taps[a] : a * padded(matrix.columns); }
+  // That of row r and merged tap a at r * row_step() + row_tap(a).
+  int64_t row_step() const { return dense ? segments * period : merged_taps(); }
+  int64_t row_tap(int32_t a) const { return !dense ? a : segments > 1 ? taps[a] / matrix.columns : taps[a]; }
 };
 
 // Either whole groups that fit into one block, or a block of one group's rows, whose column sums are partial.
@@ -93,6 +99,22 @@ Number number_of(ScalarType type) {
   }
 }
 
+// Lists the taps that count, and what of them is merged.
+void number_taps(Layer& layer) {
+  std::vector<int64_t> number(layer.matrix.tap_offsets.size(), -1);
+  layer.merged = {0};
+  for (const auto& merged : layer.plan->merged) {
+    for (int32_t tap : merged) {
+      if (number[tap] < 0) {
+        number[tap] = static_cast<int64_t>(layer.taps.size());
+        layer.taps.push_back(layer.matrix.tap_offsets[tap]);
+      }
+      layer.merged_of.push_back(number[tap]);
+    }
+    layer.merged.push_back(static_cast<int64_t>(layer.merged_of.size()));
+  }
+}
+
 Layer make_layer(const Tensor& weight, const LayerPlan& plan) {
   Layer layer{};
   Matrix& matrix = layer.matrix = as_matrix(weight, plan);
@@ -104,13 +126,13 @@ Layer make_layer(const Tensor& weight, const LayerPlan& plan) {
     matrix.columns = std::exchange(matrix.groups, 1);
     matrix.column_stride = matrix.group_stride;
   }
-  layer.dense = !layer.depthwise && matrix.dense_rows && plan.outputs_read_all();
-  layer.merged.reserve(plan.merged.size() + 1);
-  layer.merged.push_back(0);
-  for (const auto& taps : plan.merged) {
-    for (int32_t tap : taps) layer.offsets.push_back(matrix.tap_offsets[tap]);
-    layer.merged.push_back(static_cast<int64_t>(layer.offsets.size()));
-  }
+  layer.whole_rows = plan.outputs_read_all();
+  const bool taps_apart = matrix.column_stride == 1, taps_together = matrix.column_stride == matrix.taps;
+  layer.dense =
+      !layer.depthwise && !plan.merges && matrix.dense_rows && (layer.whole_rows || taps_apart || taps_together);
+  layer.segments = layer.dense && !layer.whole_rows && taps_apart ? matrix.taps : 1;
+  layer.period = layer.dense && !layer.whole_rows && !taps_apart ? matrix.taps : 1;
+  number_taps(layer);
   const int64_t rows = kBlockElements / std::max<int64_t>(matrix.row_length(), 1);
   layer.rows_per_block = std::min(std::clamp(rows, kLeastRows, kMostRows), matrix.rows);
   layer.blocks_per_group = (matrix.rows + layer.rows_per_block - 1) / layer.rows_per_block;
@@ -139,17 +161,18 @@ Best best_column(const Layer& layer, const Lists& windows, const Sum* table, int
   return best;
 }
 
+// max over rows and output windows v of  sum_a v[a] * sums[row, a]
 Best best_row(const Layer& layer, const double* sums, int64_t first, int64_t rows) {
   Best best;
   const Lists& windows = layer.plan->outputs;
-  for (int64_t r = 0; r < rows; ++r) {
-    if (layer.dense) {
-      best.offer({sums[r], first + r, 0});
+  for (int64_t r = 0; r < rows; ++r, sums += layer.row_step()) {
+    if (layer.dense && layer.whole_rows) {
+      best.offer({sums[0], first + r, 0});
       continue;
     }
     for (size_t w = 0; w < windows.size(); ++w) {
       double sum = 0;
-      for (int32_t a : windows[w]) sum += sums[r * layer.merged_taps() + a];
+      for (int32_t a : windows[w]) sum += sums[layer.row_tap(a)];
       best.offer({sum, first + r, static_cast<int64_t>(w)});
     }
   }
@@ -160,14 +183,15 @@ void accumulate(const Layer& layer, int64_t group, int64_t row, int64_t rows, vo
   const Matrix& matrix = layer.matrix;
   const int64_t offset = group * matrix.group_stride + row * matrix.row_stride;
   const int number = static_cast<int>(layer.number);
-  const size_t size = layer.number == Number::kDouble ? 8 : layer.number == Number::kFloat ? 4 : 2;
-  const void* data = static_cast<const char*>(matrix.data) + offset * static_cast<int64_t>(size);
+  const int64_t size = layer.number == Number::kDouble ? 8 : layer.number == Number::kFloat ? 4 : 2;
+  const void* data = static_cast<const char*>(matrix.data) + offset * size;
   if (layer.dense)
-    kernels().dense[number]({data, rows, matrix.row_stride, matrix.row_length(), table, row_sums});
+    kernels().dense[number](
+        {data, rows, matrix.row_stride, matrix.row_length(), layer.segments, layer.period, table, row_sums});
   else
-    kernels().general[number][layer.wide]({data, rows, matrix.row_stride, matrix.columns, matrix.column_stride,
-                                           layer.merged_taps(), layer.merged.data(), layer.offsets.data(), table,
-                                           row_sums});
+    kernels().general[number][layer.wide](
+        {data, rows, matrix.row_stride, matrix.columns, matrix.column_stride, static_cast<int64_t>(layer.taps.size()),
+         layer.merged_taps(), layer.taps.data(), layer.merged.data(), layer.merged_of.data(), table, row_sums});
 }
 
 template <class Sum>
@@ -176,11 +200,12 @@ void run(Item& item, Sum* scratch) {
   const int64_t length = layer.table_length();
   thread_local Table<Sum> own_memory;
   thread_local Table<double> row_memory;
-  double* row_sums = row_memory.of_length(item.rows * (layer.dense ? 1 : layer.merged_taps()));
+  double* row_sums = row_memory.of_length(item.rows * layer.row_step());
   Sum* own_table = item.table < 0 ? own_memory.of_length(length) : nullptr;
   for (int64_t group = item.group; group < item.group + item.groups; ++group) {
     Sum* table = own_table ? own_table : scratch + item.table;
     std::fill(table, table + length, Sum(0));
+    std::fill(row_sums, row_sums + item.rows * layer.row_step(), 0.0);
     accumulate(layer, group, item.row, item.rows, table, row_sums);
     if (item.table < 0) item.column.offer(best_column(layer, layer.plan->inputs, table, group));
     if (layer.depthwise)

@@ -10,13 +10,15 @@ namespace convnorm::cuda {
 
 // How finely to cut. (Tests cut otherwise.)
 struct Cut {
-  int64_t tiles = 512;         // so few that an H200 (132 multiprocessors) holds them all at a time
+  int64_t tiles;               // of dense layers: so few that the device can hold them all at a time
   int64_t part_terms = 32768;  // 64 for each thread of a block of the second kernel
 };
 constexpr int64_t kMostTileRows = 1024;   // of a dense layer: then a float adds up no more than 128 weights
 constexpr int64_t kStridedTileRows = 64;  // a tile's weights then stay in the first-level cache while its taps are read
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 class Batch {
  public:
@@ -94,7 +96,7 @@ class Batch {
 
 // As few as leave no more tiles than wanted: small tiles are soon read, large ones leave fewer sums to add up.
 inline int64_t Batch::rows_per_tile(const Cut& cut) const {
-  for (int64_t rows = kLeastTileRows;; rows *= 2) {
+  for (int64_t rows = kLeastTileRows;; rows += kLeastTileRows) {
     int64_t tiles = 0;
     for (const Layer& layer : layers_) tiles += layer.path == Path::kStrided ? 0 : tiles_of(layer, rows);
     if (tiles <= cut.tiles || rows >= kMostTileRows) return rows;
@@ -105,7 +107,8 @@ inline int64_t Batch::rows_per_tile(const Cut& cut) const {
 inline int64_t Batch::cut_side(Layer& layer, int side, const Cut& cut) const {
   const bool small = layer.path == Path::kSmall, columns = side == kColumns;
   const int64_t channels = int64_t{layer.groups} * (columns ? layer.columns : layer.rows);
-  const int64_t others = small ? (columns ? layer.rows : layer.columns) : (columns ? layer.row_tiles : layer.column_tiles);
+  const int64_t others =
+      small ? (columns ? layer.rows : layer.columns) : (columns ? layer.row_tiles : layer.column_tiles);
   const PackedLists windows{lists_.data() + layer.windows[side]};
   const int64_t sums = channels * windows.count(), all_taps = windows.end(windows.count() - 1) - windows.entries();
   int64_t longest = 1;

@@ -56,7 +56,8 @@ inline bool describe_dense(Described& described, const Matrix& matrix, const Lay
                            const Lists& outputs) {
   Layer& layer = described.layer;
   layer.tap_step = matrix.taps > 1 ? static_cast<int32_t>(matrix.tap_offsets[1]) : 1;
-  bool dense = matrix.dense_rows && !plan.merges;
+  bool dense = matrix.dense_rows;
+  for (const auto& taps : plan.merged) dense &= taps.size() == 1;
   for (int64_t tap = 0; tap < matrix.taps; ++tap) dense &= matrix.tap_offsets[tap] == tap * layer.tap_step;
   const auto masks = dense ? masks_of(outputs, plan.merged, matrix.taps) : std::nullopt;
   if (!masks) return false;
@@ -102,12 +103,14 @@ inline bool describe_strided(Described& described, const Matrix& matrix, const L
 // None where the layer is too large for the kernels.
 inline std::optional<Described> describe(Matrix matrix, const LayerPlan& plan, int32_t result) {
   const Lists *inputs = &plan.inputs, *outputs = &plan.outputs;
+  const bool empty = matrix.groups < 1 || matrix.rows < 1 || matrix.columns < 1 || matrix.taps < 1;
+  STD_TORCH_CHECK(!empty && !inputs->empty() && !outputs->empty(), "convnorm: weight or plan is empty");
   Described described{};
   described.dtype = matrix.dtype;
   Layer& layer = described.layer;
   layer.swaps = plan.transposed;
   if (!matrix.dense_rows && matrix.row_stride < matrix.column_stride) {  // neighbours in memory are neighbouring rows:
-    std::swap(matrix.rows, matrix.columns);                             // turn the matrix, and all that is said of it
+    std::swap(matrix.rows, matrix.columns);                              // turn the matrix, and all that is said of it
     std::swap(matrix.row_stride, matrix.column_stride);
     std::swap(inputs, outputs);
     layer.swaps = !layer.swaps;

@@ -29,16 +29,20 @@ class DeviceGuard {
   int before_ = 0;
 };
 
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+// The stream that PyTorch works on.
 class CurrentStream {
  public:
-  explicit CurrentStream(int device) {
+  explicit CurrentStream(int device) : overlaps_(attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "convnorm: this PyTorch was built without CUDA");
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
-    int major = 0;
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-    overlaps_ = major >= 9;
   }
 
   // The caching allocator gives memory out again in the order of the stream: it may be freed right after a launch.
@@ -48,6 +52,7 @@ class CurrentStream {
 
   template <int kSize>
   void launch(void (*kernel)(Network<kSize>), int blocks, int threads, Network<kSize>& network, bool follows) const {
+    // See await_previous_kernel(): all that the second kernel does before it is done in the shadow of the first.
     cudaLaunchAttribute overlap{};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
@@ -62,8 +67,8 @@ class CurrentStream {
   }
 
  private:
-  cudaStream_t stream_;
-  bool overlaps_;
+  cudaStream_t stream_ = nullptr;
+  const bool overlaps_;
 };
 
 Measured measure_cuda(std::vector<Tensor> weights, std::vector<int64_t> plan, std::vector<int64_t> shape) {
@@ -73,10 +78,13 @@ Measured measure_cuda(std::vector<Tensor> weights, std::vector<int64_t> plan, st
     STD_TORCH_CHECK(weight.is_cuda() && weight.get_device_index() == device, "convnorm: weights must be on one device");
   const DeviceGuard guard(device);
   CurrentStream stream(device);
-  return measure(weights, plan, shape, Cut{}, stream);
+  const Cut cut{kTileBlocks * attribute(cudaDevAttrMultiProcessorCount, device)};
+  return measure(weights, plan, shape, cut, stream);
 }
 
 }  // namespace
 }  // namespace convnorm::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(convnorm, CUDA, m) { m.impl("measure_native", TORCH_BOX(&convnorm::cuda::measure_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(convnorm, CUDA, m) {
+  m.impl("measure_native", TORCH_BOX(&convnorm::cuda::measure_cuda));
+}

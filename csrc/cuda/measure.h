@@ -15,7 +15,9 @@ namespace convnorm::cuda {
 
 using Measured = std::tuple<Tensor, Tensor, Tensor>;
 
-inline Measured as_tuple(const Result& result) { return {result.l1, result.linf, result.winners}; }
+inline Measured as_tuple(const Result& result) {
+  return {result.l1, result.linf, result.winners};
+}
 
 // Plain PyTorch, for layers with so many windows that they do not fit into the argument of a kernel.
 inline Measured measure_reference(const std::vector<Tensor>& weights, const std::vector<int64_t>& plan,
@@ -27,7 +29,8 @@ inline Measured measure_reference(const std::vector<Tensor>& weights, const std:
 }
 
 // None where a layer is too much for the kernels.
-inline std::optional<std::vector<Batch>> batches_of(const std::vector<Tensor>& weights, const Plan& plan, const Cut& cut) {
+inline std::optional<std::vector<Batch>> batches_of(const std::vector<Tensor>& weights, const Plan& plan,
+                                                    const Cut& cut) {
   std::vector<Batch> batches;
   std::map<ScalarType, size_t> open;  // the batch of each dtype that has room left
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -54,7 +57,8 @@ void measure_batch(const Batch& batch, const Result& result, Device& device) {
   network.winners = static_cast<int64_t*>(result.winners.mutable_data_ptr());
   network.norms_double = result.l1.scalar_type() == ScalarType::Double;
   const bool two_stages = batch.tiles() > 0 || batch.compares_parts();
-  if (two_stages) device.launch(sum_tiles_kernel<Weight, kSize>, std::max(1, batch.tiles()), kTileThreads, network, false);
+  if (two_stages)
+    device.launch(sum_tiles_kernel<Weight, kSize>, std::max(1, batch.tiles()), kTileThreads, network, false);
   device.launch(find_winners_kernel<Weight, kSize>, batch.parts(), kWinnerThreads, network, two_stages);
 }
 

@@ -13,10 +13,10 @@ constexpr int kWinnerThreads = 512;
 enum Side { kColumns, kRows, kSides };
 
 enum class Path : int32_t {
-  kAligned,   // rows are one stretch of memory, read 16 bytes at a time
-  kDense,     // rows are one stretch of memory, with 16-byte boundaries anywhere
-  kStrided,   // any strides, merged taps
-  kSmall,     // many small groups, of any strides: no first stage, each sum is formed where its windows are
+  kAligned,  // rows are one stretch of memory, read 16 bytes at a time
+  kDense,    // rows are one stretch of memory, with 16-byte boundaries anywhere
+  kStrided,  // any strides, merged taps
+  kSmall,    // many small groups, of any strides: no first stage, each sum is formed where its windows are
 };
 
 // Lists of integers, one after another: their number n, n + 1 places where one ends and the next begins, their entries.

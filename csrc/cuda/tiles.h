@@ -11,6 +11,7 @@
 
 namespace convnorm::cuda {
 
+constexpr int kTileBlocks = 3;  // on a multiprocessor at a time, with up to 80 registers a thread
 constexpr int kTileWarps = kTileThreads / kWarp;
 constexpr int kRowsAtOnce = 4;
 constexpr int kLeastTileRows = kTileWarps * kRowsAtOnce;
@@ -26,7 +27,8 @@ __device__ Sum absolute(Number number) {
   return std::fabs(static_cast<Sum>(number));
 }
 
-// A kernel may begin while the one before it in the stream still runs, where the hardware can: the earlier one allows it,
+// A kernel may begin while the one before it in the stream still runs, where the hardware can: the earlier one allows
+// it,
 __device__ inline void allow_next_kernel() {
 #if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
@@ -129,16 +131,18 @@ __device__ Sum sum_over_warp(const Sum (&numbers)[kRowsAtOnce], int lane) {
   for (int distance = 4; distance < kWarp; distance *= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);
   return sum;
 }
-__device__ inline int kept_row(int lane) { return 2 * (lane & 1) + (lane >> 1 & 1); }
+__device__ inline int kept_row(int lane) {
+  return 2 * (lane & 1) + (lane >> 1 & 1);
+}
 
 // Rows [first_row, end_row) of a group, and what their sums go to.
 template <class Sum>
 struct Tile {
   int32_t first_row, end_row;
   int32_t first_column, columns;
-  Sum* column_sums;     // [columns]
-  Sum* row_sums;        // [windows][window_step], of which row r of the group is the r-th
-  int32_t windows;      // of a row: 32 at most
+  Sum* column_sums;  // [columns]
+  Sum* row_sums;     // [windows][window_step], of which row r of the group is the r-th
+  int32_t windows;   // of a row: 32 at most
   int64_t window_step;
 };
 
@@ -151,13 +155,14 @@ __device__ void sum_tile(const Rows& rows, const Tile<Sum>& tile, const uint32_t
   Sum across[kColumns] = {};
   int32_t row = tile.first_row + warp * kRowsAtOnce;
   const auto* from = rows.data + row * rows.row_stride;
-  for (; row < tile.end_row; row += kLeastTileRows, from += kLeastTileRows * rows.row_stride) {
+  typename Rows::Entries next[kRowsAtOnce];
+  rows.load(from, tile.end_row - row, next);
+  for (; row < tile.end_row; row += kLeastTileRows) {
     typename Rows::Entries entries[kRowsAtOnce];
-    rows.load(from, tile.end_row - row, entries);
 #pragma unroll
-    for (int r = 0; r < kRowsAtOnce; ++r)
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i) across[i] += absolute<Sum>(entries[r].of[i]);
+    for (int r = 0; r < kRowsAtOnce; ++r) entries[r] = next[r];
+    from += kLeastTileRows * rows.row_stride;
+    rows.load(from, tile.end_row - row - kLeastTileRows, next);  // on its way while the others are added up
     const auto write_row_sums = [&](const Sum(&along)[kRowsAtOnce], int32_t window) {
       const Sum sum = sum_over_warp(along, lane);
       const int32_t kept = row + kept_row(lane);
@@ -168,10 +173,18 @@ __device__ void sum_tile(const Rows& rows, const Tile<Sum>& tile, const uint32_t
 #pragma unroll
       for (int r = 0; r < kRowsAtOnce; ++r)
 #pragma unroll
-        for (int i = 0; i < kColumns; ++i) along[r] += absolute<Sum>(entries[r].of[i]);
+        for (int i = 0; i < kColumns; ++i) {
+          const Sum entry = absolute<Sum>(entries[r].of[i]);
+          across[i] += entry;
+          along[r] += entry;
+        }
       write_row_sums(along, 0);
       continue;
     }
+#pragma unroll
+    for (int r = 0; r < kRowsAtOnce; ++r)
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) across[i] += absolute<Sum>(entries[r].of[i]);
 #pragma unroll 1
     for (int32_t window = 0; window < tile.windows; ++window) {
       Sum along[kRowsAtOnce] = {};
@@ -221,7 +234,8 @@ __device__ Tile<Sum> tile_at(const Layer& layer, const Place& place, int32_t row
   tile.first_column = place.column_tile * tile_columns;
   tile.columns = min(row_length - tile.first_column, tile_columns);
   tile.column_sums = reinterpret_cast<Sum*>(scratch + layer.column_sums) + table_row * layer.length + tile.first_column;
-  tile.row_sums = reinterpret_cast<Sum*>(scratch + layer.row_sums) + static_cast<int64_t>(place.column_tile) * layer.row_taps * all_rows +
+  tile.row_sums = reinterpret_cast<Sum*>(scratch + layer.row_sums) +
+                  static_cast<int64_t>(place.column_tile) * layer.row_taps * all_rows +
                   static_cast<int64_t>(place.group) * layer.rows;
   tile.windows = layer.row_taps;
   tile.window_step = all_rows;
@@ -237,7 +251,8 @@ __device__ void sum_dense_tile(const Network<kSize>& network, const Layer& layer
     const int32_t *of_taps = network.list_numbers() + layer.masks, taps = layer.length / layer.columns;
     masks = reinterpret_cast<uint32_t*>(shared + kTileShared);
     const int32_t place = tile.first_column + static_cast<int32_t>(threadIdx.x);
-    if (threadIdx.x < Rows::kColumns * kWarp) masks[threadIdx.x] = static_cast<uint32_t>(of_taps[place / layer.tap_step % taps]);
+    if (threadIdx.x < Rows::kColumns * kWarp)
+      masks[threadIdx.x] = static_cast<uint32_t>(of_taps[place / layer.tap_step % taps]);
     __syncthreads();
   }
   const int32_t column = tile.first_column + Rows::column(threadIdx.x % kWarp, 0);
@@ -263,8 +278,9 @@ __device__ void sum_strided_tile(const Network<kSize>& network, const Layer& lay
 }
 
 template <class Weight, int kSize>
-__global__ void __launch_bounds__(kTileThreads, 4) sum_tiles_kernel(const __grid_constant__ Network<kSize> network) {
-  __shared__ alignas(16) char shared[kTileShared + kTileThreads * sizeof(uint32_t)];
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks)
+    sum_tiles_kernel(const __grid_constant__ Network<kSize> network) {
+  alignas(16) __shared__ char shared[kTileShared + kTileThreads * sizeof(uint32_t)];
   allow_next_kernel();
   if (blockIdx.x == 0)
     for (int i = threadIdx.x; i < network.layers * kSides; i += kTileThreads) network.counters()[i] = 0;

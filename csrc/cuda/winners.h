@@ -22,12 +22,13 @@ __device__ inline Terms terms_of(const Layer& layer, int side) {
   const int32_t per_group = side == kColumns ? layer.columns : layer.rows;
   const int32_t channels = layer.groups * per_group;
   if (layer.path == Path::kSmall) {
-    if (side == kColumns) return {channels, per_group, layer.group_stride, layer.column_stride, layer.rows, layer.row_stride};
+    if (side == kColumns)
+      return {channels, per_group, layer.group_stride, layer.column_stride, layer.rows, layer.row_stride};
     return {channels, per_group, layer.group_stride, layer.row_stride, layer.columns, layer.column_stride};
   }
   if (side == kColumns)
-    return {channels, per_group, layer.length, layer.column_step, layer.row_tiles,
-            static_cast<int64_t>(layer.groups) * layer.length};
+    return {channels,          per_group,       layer.length,
+            layer.column_step, layer.row_tiles, static_cast<int64_t>(layer.groups) * layer.length};
   return {channels, per_group, per_group, 1, layer.column_tiles, static_cast<int64_t>(layer.row_taps) * channels};
 }
 
@@ -62,7 +63,8 @@ struct MergedTerm {
 
   __device__ double operator()(int64_t offset, int32_t tap) const {
     double sum = 0;
-    for (const int32_t* at = merged.begin(tap); at != merged.end(tap); ++at) sum += static_cast<double>(data[offset + *at]);
+    for (const int32_t* at = merged.begin(tap); at != merged.end(tap); ++at)
+      sum += static_cast<double>(data[offset + *at]);
     return std::fabs(sum);
   }
 };
@@ -101,8 +103,8 @@ __device__ auto sum_terms(const Term& term, const Terms& terms, int64_t offset, 
 
 // The best of a share of the sums: of each channel over each window, channels side by side for the sake of the loads.
 template <class Term>
-__device__ Best best_of_part(const Term& term, const Terms& terms, const PackedLists& windows, int32_t lanes, int32_t part,
-                             int32_t parts) {
+__device__ Best best_of_part(const Term& term, const Terms& terms, const PackedLists& windows, int32_t lanes,
+                             int32_t part, int32_t parts) {
   const int32_t sums = terms.channels * windows.count();
   const int32_t share = (sums + parts - 1) / parts, first = part * share, end = min(first + share, sums);
   const int32_t slots = kWinnerThreads / lanes, slot = threadIdx.x / lanes, lane = threadIdx.x % lanes;
@@ -144,7 +146,7 @@ __device__ Best best_of_part(const Network<kSize>& network, const Layer& layer, 
 __device__ inline Best best_of_block(Best best, Best* of_warps) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const auto best_of_warp = [&] {
-#pragma unroll
+#pragma unroll 1
     for (int distance = kWarp / 2; distance > 0; distance /= 2)
       best.offer({__shfl_xor_sync(kAllLanes, best.value, distance), __shfl_xor_sync(kAllLanes, best.place, distance)});
   };
@@ -173,7 +175,8 @@ __device__ void write_best(const Network<kSize>& network, const Layer& layer, in
 
 // Each block searches one side of a layer, or a part of it: then the last to finish compares what the parts have found.
 template <class Weight, int kSize>
-__global__ void __launch_bounds__(kWinnerThreads, 2) find_winners_kernel(const __grid_constant__ Network<kSize> network) {
+__global__ void __launch_bounds__(kWinnerThreads, 2)
+    find_winners_kernel(const __grid_constant__ Network<kSize> network) {
   __shared__ Best of_warps[kWinnerThreads / kWarp];
   __shared__ bool is_last;
   const auto block = static_cast<int32_t>(blockIdx.x);

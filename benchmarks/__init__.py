@@ -1,0 +1,1 @@
+"""What convnorm costs, as ratios to a bare read of the same weights: ``pytest --benchmark``."""

@@ -1,0 +1,151 @@
+"""What was measured, as a table and as files: benchmarks/results/<date>-<device>.json and .md."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).parent
+LEGEND = """\
+`us` and `ratio` are medians, in brackets the 10th and 90th percentile. `ratio` is the time of both norms (`backward`:
+and of their gradient) to that of a bare read of the same weights, `weight.sum()` or a loop of it, taken by turns in
+blocks of equal length. The weights stay where they are from call to call: what fits into a cache is read from it. Only
+networks on a GPU go through sets of weights in rotation, more than its cache holds. `graph`: many calls replayed as one
+CUDA graph, and so is the bare read. `copy` is the ratio to reading the same bytes at the GPU's copy bandwidth. Budgets
+are those of convnorm's compiled backends (DESIGN.md, section 5). `eager` and `compiled` (by `torch.compile`) are the
+paper's formula in PyTorch, which finds no winners."""
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    median: float
+    p10: float
+    p90: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Quantiles:
+        return cls(*(float(f"{value:.4g}") for value in np.quantile(samples, (0.5, 0.1, 0.9))))
+
+    def __str__(self) -> str:
+        return f"{short(self.median)} ({short(self.p10)}-{short(self.p90)})"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement; ``budget`` maps the fields that have one to what they may be at most."""
+
+    name: str
+    direction: str  # "forward", or "backward" for both
+    backend: str
+    device: str
+    threads: int | None
+    graph: bool
+    us: Quantiles | None = None
+    ratio: Quantiles | None = None
+    copy_ratio: Quantiles | None = None
+    launches: int | None = None
+    budget: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        return ", ".join(self._verdict(name, limit) for name, limit in self.budget.items())
+
+    def _verdict(self, name: str, limit: float) -> str:
+        value = getattr(self, name)
+        if value is None:
+            return f"{name} {limit:g}: not measured"
+        value = value.median if isinstance(value, Quantiles) else value
+        by = f" by {abs(value / limit - 1):.0%}" if value != limit else ""
+        return f"{name} {limit:g}: {'met' if value <= limit else 'MISSED'}{by}"
+
+    def cells(self) -> dict[str, str]:
+        return {
+            "what": self.name,
+            "direction": self.direction,
+            "backend": self.backend + (", graph" if self.graph else ""),
+            "device": self.device,
+            "threads": str(self.threads or ""),
+            "us": str(self.us or ""),
+            "ratio": str(self.ratio or ""),
+            "copy": str(self.copy_ratio or ""),
+            "launches": str(self.launches or ""),
+            "budget": self.verdict,
+        }
+
+
+def short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """As Markdown that lines up, without columns that are empty throughout."""
+    cells = [row.cells() for row in rows]
+    columns = {name: [name, *(row[name] for row in cells)] for name in cells[0] if any(row[name] for row in cells)}
+    for column in columns.values():
+        column.insert(1, "-" * max(map(len, column)))
+    lines = zip(*([cell.ljust(len(column[1])) for cell in column] for column in columns.values()), strict=True)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write(rows: Sequence[Row], failed: Sequence[str], command: str) -> Path:
+    """Both files; returns the Markdown one."""
+    setting = where_and_when(command)
+    name = f"{setting['date']}-{re.sub('[^a-z0-9]+', '-', (setting['gpu'] or setting['cpu']).lower()).strip('-')}"
+    markdown = (HERE / "results" / name).with_suffix(".md")
+    markdown.parent.mkdir(exist_ok=True)
+    rows_as_json = ",\n".join(f"  {json.dumps(asdict(row))}" for row in rows)
+    head = json.dumps(setting | {"failed": list(failed)}, indent=1)[:-2]
+    markdown.with_suffix(".json").write_text(f'{head},\n "rows": [\n{rows_as_json}\n ]\n}}\n')
+    facts = [f"- {key}: {value}" for key, value in (setting | {"failed": ", ".join(failed)}).items() if value]
+    markdown.write_text("\n".join(["# Benchmarks", "", *facts, "", LEGEND, "", table(rows), ""]))
+    return markdown
+
+
+def where_and_when(command: str) -> dict[str, str | int | None]:
+    return {
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "cpu": cpu_model(),
+        "cpu_cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "convnorm": version("convnorm"),
+    }
+
+
+def commit() -> str | None:
+    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(describe, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def cpu_model() -> str:
+    try:
+        found = re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,190 @@
+// Enough of CUDA to run these kernels, as they are, on the CPU: one block after another, each thread a fiber.
+//
+// Fibers change hands only where threads wait for one another, at __syncthreads() and at shuffles, and which of them
+// goes on next is random: so a missing barrier shows sooner or later. Shuffles want all lanes of a warp, a barrier all
+// threads that have not returned; where they wait forever, the emulator says so.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <vector>
+
+#define __host__
+#define __device__
+#define __global__
+#define __shared__ static
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+struct uint4 {
+  unsigned x, y, z, w;
+};
+struct Index {
+  unsigned x;
+};
+inline Index threadIdx, blockIdx;
+
+using std::min;
+
+namespace emulator {
+
+constexpr unsigned kWarp = 32;
+constexpr size_t kStack = 256 << 10;
+
+class Block {
+ public:
+  static Block& current() {
+    static Block block;
+    return block;
+  }
+
+  void run(unsigned block, unsigned threads, const std::function<void()>& kernel) {
+    kernel_ = &kernel;
+    blockIdx.x = block;
+    while (fibers_.size() < threads) fibers_.push_back(std::make_unique<Fiber>());
+    live_ = threads;
+    waiting_ = 0;
+    warps_.assign((threads + kWarp - 1) / kWarp, {});
+    order_.clear();
+    for (unsigned i = 0; i < threads; ++i) order_.push_back(i);
+    for (unsigned i = 0; i < threads; ++i) start(i);
+    while (live_ > 0) {
+      std::shuffle(order_.begin(), order_.end(), random_);
+      bool moved = false;
+      for (unsigned i : order_)
+        if (fibers_[i]->state == State::kReady) {
+          moved = true;
+          resume(i);
+        }
+      if (!moved) stuck("threads wait for others that never come");
+    }
+  }
+
+  void barrier() {
+    if (++waiting_ == live_)
+      release_block();
+    else
+      suspend(State::kAtBarrier);
+  }
+
+  // All lanes of the warp bring a number, and each takes that of another.
+  template <class Number>
+  Number shuffle(unsigned mask, Number number, unsigned lane_xor) {
+    static_assert(sizeof(Number) <= sizeof(uint64_t));
+    if (mask != 0xffffffff) stuck("a shuffle without all lanes");
+    Warp& warp = warps_[threadIdx.x / kWarp];
+    const unsigned lane = threadIdx.x % kWarp;
+    auto& numbers = warp.numbers[fibers_[threadIdx.x]->shuffles++ % 2];
+    std::memcpy(&numbers[lane], &number, sizeof number);
+    if (++warp.arrived == kWarp) {
+      warp.arrived = 0;
+      for (unsigned i = threadIdx.x - lane; i < threadIdx.x - lane + kWarp; ++i)
+        if (fibers_[i]->state == State::kAtShuffle) fibers_[i]->state = State::kReady;
+    } else {
+      suspend(State::kAtShuffle);
+    }
+    std::memcpy(&number, &numbers[lane ^ lane_xor], sizeof number);
+    return number;
+  }
+
+ private:
+  enum class State { kReady, kAtBarrier, kAtShuffle, kDone };
+  struct Fiber {
+    State state;
+    unsigned shuffles;
+    bool begun;
+    jmp_buf place;
+    ucontext_t context;
+    std::unique_ptr<char[]> stack{new char[kStack]};
+  };
+  struct Warp {
+    unsigned arrived = 0;
+    uint64_t numbers[2][kWarp];  // by turns: no lane is two shuffles ahead of another
+  };
+
+  void start(unsigned i) {
+    Fiber& fiber = *fibers_[i];
+    fiber.state = State::kReady;
+    fiber.shuffles = 0;
+    fiber.begun = false;
+  }
+
+  void resume(unsigned i) {
+    Fiber& fiber = *fibers_[i];
+    threadIdx.x = i;
+    if (_setjmp(scheduler_)) return;
+    if (fiber.begun) _longjmp(fiber.place, 1);
+    fiber.begun = true;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, &Block::enter, 0);
+    setcontext(&fiber.context);
+  }
+
+  static void enter() {
+    Block& block = current();
+    (*block.kernel_)();
+    block.fibers_[threadIdx.x]->state = State::kDone;
+    if (--block.live_ > 0 && block.waiting_ == block.live_) block.release_block();
+    _longjmp(block.scheduler_, 1);
+  }
+
+  void suspend(State state) {
+    Fiber& fiber = *fibers_[threadIdx.x];
+    const unsigned thread = threadIdx.x;
+    fiber.state = state;
+    if (!_setjmp(fiber.place)) _longjmp(scheduler_, 1);
+    threadIdx.x = thread;
+  }
+
+  void release_block() {
+    waiting_ = 0;
+    for (auto& fiber : fibers_)
+      if (fiber->state == State::kAtBarrier) fiber->state = State::kReady;
+  }
+
+  [[noreturn]] static void stuck(const char* why) {
+    std::fprintf(stderr, "emulated kernel, block %u: %s\n", blockIdx.x, why);
+    std::abort();
+  }
+
+  const std::function<void()>* kernel_ = nullptr;
+  std::vector<std::unique_ptr<Fiber>> fibers_;
+  std::vector<Warp> warps_;
+  std::vector<unsigned> order_;
+  std::mt19937 random_;
+  unsigned live_ = 0, waiting_ = 0;
+  jmp_buf scheduler_;
+};
+
+}  // namespace emulator
+
+inline void __syncthreads() {
+  emulator::Block::current().barrier();
+}
+inline void __threadfence() {}
+template <class Number>
+Number __shfl_xor_sync(unsigned mask, Number number, int lane_xor) {
+  return emulator::Block::current().shuffle(mask, number, static_cast<unsigned>(lane_xor));
+}
+inline int atomicAdd(int* to, int number) {
+  const int before = *to;
+  *to += number;
+  return before;
+}
+template <class Number>
+Number __ldcg(const Number* from) {
+  return *from;
+}
