@@ -22,4 +22,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    return True if collection_path == BENCHMARKS and not config.option.benchmark else None
+    unasked = collection_path == BENCHMARKS and not config.option.benchmark
+    myself = collection_path == Path(__file__)  # no doctests, and tests/ has a module of the same name
+    return True if unasked or myself else None

@@ -124,7 +124,7 @@ def where_and_when(command: str) -> dict[str, str | int | None]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": version("triton"),
-        "convnorm": version("convnorm"),
+        "convnorm": source_version(),
     }
 
 
@@ -149,3 +149,8 @@ def version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def source_version() -> str:
+    """Of the source beside the benchmarks, which is what they measure, installed or not."""
+    return re.findall(r'^version = "(.+)"', (HERE.parent / "pyproject.toml").read_text(), re.MULTILINE)[0]

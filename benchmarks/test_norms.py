@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import pytest
 import torch
@@ -147,7 +147,7 @@ def measure(case: Case, benchmark, seconds: float) -> Row:
         copy_ratio=ratios(contending.seconds, copy.seconds) if copy else None,
         budget=case.budget,
     )
-    benchmark.extra_info.update(row.cells(), calls_per_round=contending.runs * contending.calls_per_run)
+    benchmark.extra_info.update(asdict(row), calls_per_round=contending.runs * contending.calls_per_run)
     return row
 
 

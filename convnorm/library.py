@@ -53,18 +53,19 @@ for name in BACKENDS:
     lib.define(f"measure_{name}" + MEASURE)
 
 
-def l1(weight: Tensor, stride: list, padding: list, in_shape: list, **options: Any) -> Tensor:
-    return norms(weight, stride, padding, in_shape, **options)[0]
+L1, LINF = 0, 1
 
 
-def linf(weight: Tensor, stride: list, padding: list, in_shape: list, **options: Any) -> Tensor:
-    return norms(weight, stride, padding, in_shape, **options)[1]
+def l1(weight: Tensor, *layer: Any, in_vmap: bool = False, **options: Any) -> Tensor:
+    return _norms([weight], plan_of(weight, *layer, **options), [], in_vmap, wanted=(L1,))[0]
 
 
-def norms(
-    weight: Tensor, stride: list, padding: list, in_shape: list, *, in_vmap: bool = False, **options: Any
-) -> tuple[Tensor, Tensor]:
-    return _measure([weight], plan_of(weight, stride, padding, in_shape, **options), [], in_vmap)
+def linf(weight: Tensor, *layer: Any, in_vmap: bool = False, **options: Any) -> Tensor:
+    return _norms([weight], plan_of(weight, *layer, **options), [], in_vmap, wanted=(LINF,))[0]
+
+
+def norms(weight: Tensor, *layer: Any, in_vmap: bool = False, **options: Any) -> tuple[Tensor, ...]:
+    return _norms([weight], plan_of(weight, *layer, **options), [], in_vmap)
 
 
 def norms_many(
@@ -79,21 +80,20 @@ def norms_many(
     transposed: list[bool] | None = None,
     output_padding: list[list[int]] | None = None,
     in_vmap: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     if not weights:
         raise GeometryError("convnorm: weights [] is empty")
-    sizes = {"stride": stride, "padding": padding, "in_shape": in_shape, "dilation": dilation}
-    kinds = {"groups": groups, "padding_mode": padding_mode, "transposed": transposed, "output_padding": output_padding}
-    columns = []
-    for (name, column), missing in zip(
-        (sizes | kinds).items(), (None, None, None, None, 1, "zeros", False, None), strict=True
-    ):
-        column = [missing] * len(weights) if column is None else column
-        if len(column) != len(weights):
+    columns = {"stride": stride, "padding": padding, "in_shape": in_shape, "dilation": dilation, "groups": groups}
+    columns |= {"padding_mode": padding_mode, "transposed": transposed, "output_padding": output_padding}
+    missing = {"groups": 1, "padding_mode": "zeros", "transposed": False}
+    for name, column in columns.items():
+        if column is None:
+            columns[name] = [missing.get(name)] * len(weights)
+        elif len(column) != len(weights):
             raise GeometryError(f"convnorm: {name} has {len(column)} entries for {len(weights)} weights")
-        columns.append([tuple(one) if isinstance(one, list) else one for one in column])
-    plan = [i for layer in zip((w.shape for w in weights), *columns, strict=True) for i in _plan(layer)]
-    return _measure(weights, plan, [len(weights)], in_vmap)
+    frozen = ([tuple(one) if isinstance(one, list) else one for one in column] for column in columns.values())
+    layers = zip((weight.shape for weight in weights), *frozen, strict=True)
+    return _norms(weights, [number for layer in layers for number in _plan(layer)], [len(weights)], in_vmap)
 
 
 for public in (l1, linf, norms, norms_many):
@@ -147,16 +147,15 @@ def read(weights: Sequence[Tensor], plan: Sequence[int], shape: Sequence[int]) -
     return _MEASURE[backend_for(device)](weights, plan, shape)
 
 
-def _measure(
-    weights: list[Tensor], plan: Sequence[int], shape: list[int], in_vmap: bool = False
-) -> tuple[Tensor, Tensor]:
-    l1, linf, winners = read(weights, plan, shape)
+def _norms(
+    weights: list[Tensor], plan: Sequence[int], shape: list[int], in_vmap: bool, wanted: Sequence[int] = (L1, LINF)
+) -> tuple[Tensor, ...]:
+    *values, winners = read(weights, plan, shape)
     # inside vmap a tensor does not say whether what it is a batch of requires grad, nor a dual tensor that it is one
-    backward = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-    if backward or in_vmap or forward_ad._current_level >= 0:
-        l1 = _differentiable(l1, winners[..., 0, :], weights, plan, of_columns=True)
-        linf = _differentiable(linf, winners[..., 1, :], weights, plan, of_columns=False)
-    return l1, linf
+    hidden = in_vmap or forward_ad._current_level >= 0
+    if hidden or (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
+        return tuple(_differentiable(values[i], winners[..., i, :], weights, plan, i == L1) for i in wanted)
+    return tuple(values[i] for i in wanted)
 
 
 def _differentiable(

@@ -33,6 +33,11 @@ class LayerPlan:
     transposed: bool
     axes: tuple[AxisPlan, ...]
 
+    def sees_all(self, column: bool) -> bool:
+        """Whether there is one window only, which counts every tap once."""
+        sides = [(axis.inputs if column else axis.outputs, axis.merged_taps) for axis in self.axes]
+        return all(windows == (tuple(range(taps)),) for windows, taps in sides)
+
     @cached_property
     def numbers(self) -> tuple[int, ...]:
         """groups, transposed, number of axes, then for each axis: taps, merged taps, input windows, output windows."""

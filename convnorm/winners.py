@@ -44,6 +44,8 @@ def slice_norm(part: Tensor, layer: LayerPlan, winner: Tensor, column: bool) -> 
     Built from PyTorch's own operators, so that every transform of ``torch.func`` and every compiler sees through it.
     """
     kernel = merge_taps(part, layer.axes)
+    if layer.sees_all(column):
+        return kernel.abs().sum()
     counts = torch.ops.convnorm.window_counts(winner, layer.numbers, column).to(kernel.dtype)
     return torch.where(counts > 0, kernel.abs() * counts, 0).sum()
 

@@ -174,6 +174,10 @@ def small_network():
     return nn.Sequential(nn.Sequential(*convs), nn.Dropout(), nn.Flatten(), nn.Linear(32, 2))
 
 
+def hooks(model):
+    return [hook for module in model.modules() for hook in (*module._forward_pre_hooks, *module._forward_hooks)]
+
+
 def test_observe_changes_nothing():
     model = small_network()
     model[0][1].eval()  # frozen, in a model that trains
@@ -185,7 +189,7 @@ def test_observe_changes_nothing():
     assert [module.training for module in model.modules()] == flags
     assert [p.requires_grad for p in model.parameters()] == [True] * 8 + [False] * 2
     assert all(p.grad is None for p in [x, *model.parameters()])
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not hooks(model)
     assert torch.is_grad_enabled()
     assert model(x).isfinite().all()
 
@@ -207,7 +211,7 @@ def test_observe_leaves_no_trace_of_a_model_that_fails():
     model = nn.Sequential(nn.Conv1d(2, 2, 3), nn.BatchNorm1d(2).eval(), Fails())
     with pytest.raises(ArithmeticError):
         observe(model, [1, 2, 8])
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not hooks(model)
     assert [module.training for module in model] == [True, False, True]
     assert model[0](torch.ones(1, 2, 8)).isfinite().all()
 

@@ -223,15 +223,19 @@ def test_half_precision_is_summed_in_float32(device, dtype, largest):
 
 
 @pytest.mark.usefixtures("at_full_speed")
-@pytest.mark.parametrize("shape", [(1, 1 << 22), (1 << 22, 1), (1 << 20, 1, 3), (1, 1 << 20, 3), (64, 1 << 16)])
-def test_long_sums_do_not_drift(device, shape):
+@pytest.mark.parametrize("step", [1, 2], ids=["dense", "strided"])
+@pytest.mark.parametrize(
+    "shape", [(1, 1 << 22), (1 << 22, 1), (1 << 20, 1, 3), (1, 1 << 20, 3), (64, 1 << 16)], ids=str
+)
+def test_long_sums_do_not_drift(device, shape, step):
     """One running sum in float32 over as many equal terms is off by a hundredth and more."""
-    axes = len(shape) - 2
-    weight = torch.full(shape, 0.1, device=device)
-    term = weight.flatten()[0].item() * weight[0, 0].numel()
+    rows, columns, *kernel = shape
+    axes = len(kernel)
+    weight = torch.full((rows, columns * step, *kernel), 0.1, device=device)[:, ::step]
+    term = weight[0, 0].double().sum().item()
     l1, linf = ops.norms(weight, [1] * axes, [0] * axes, [8] * axes)
-    assert l1.item() == pytest.approx(shape[0] * term, rel=1e-5)
-    assert linf.item() == pytest.approx(shape[1] * term, rel=1e-5)
+    assert l1.item() == pytest.approx(rows * term, rel=1e-5)
+    assert linf.item() == pytest.approx(columns * term, rel=1e-5)
 
 
 def test_a_weight_may_change_dtype_between_calls(device):

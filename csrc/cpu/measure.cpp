@@ -234,10 +234,10 @@ Best best_of_blocks(const Item& first, const Sum* scratch) {
 
 // Takes items off one queue with as many threads as there are: blocks differ in size.
 template <class Work>
-void for_each_item(std::vector<Item*>& items, bool parallel, const Work& work) {
+void for_each_item(std::vector<Item>& items, bool parallel, const Work& work) {
   std::atomic<size_t> next{0};
   auto take = [&](int64_t, int64_t) {
-    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items.size();) work(*items[i]);
+    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items.size();) work(items[i]);
   };
   if (parallel && items.size() > 1)
     torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, take);
@@ -269,7 +269,8 @@ std::tuple<Tensor, Tensor, Tensor> measure_cpu(std::vector<Tensor> weights, std:
   std::vector<Layer> layers;
   std::vector<Item> items;
   layers.reserve(weights.size());
-  int64_t elements = 0, floats = 0, doubles = 0;
+  int64_t elements = 0, floats = 0, doubles = 0;  // the last two: of tables of partial sums
+  bool partial = false;
   for (size_t i = 0; i < weights.size(); ++i) {
     layers.push_back(make_layer(weights[i], (*plan)[i]));
     Layer& layer = layers.back();
@@ -280,6 +281,7 @@ std::tuple<Tensor, Tensor, Tensor> measure_cpu(std::vector<Tensor> weights, std:
         items.push_back({&layer, g, std::min(layer.groups_per_item, matrix.groups - g), 0, matrix.rows, -1});
       continue;
     }
+    partial = true;
     int64_t& end = layer.wide ? doubles : floats;
     for (int64_t g = 0; g < matrix.groups; ++g)
       for (int64_t r = 0; r < matrix.rows; r += layer.rows_per_block) {
@@ -292,17 +294,14 @@ std::tuple<Tensor, Tensor, Tensor> measure_cpu(std::vector<Tensor> weights, std:
   Table<double> double_memory;
   float* float_tables = float_memory.of_length(floats);
   double* double_tables = double_memory.of_length(doubles);
-  std::vector<Item*> all, first_blocks;
-  for (Item& item : items) {
-    all.push_back(&item);
-    if (item.table >= 0 && item.row == 0) first_blocks.push_back(&item);
-  }
   const bool parallel = elements > kParallelElements;
-  for_each_item(all, parallel,
+  for_each_item(items, parallel,
                 [&](Item& item) { item.layer->wide ? run(item, double_tables) : run(item, float_tables); });
-  for_each_item(first_blocks, parallel, [&](Item& item) {
-    item.column = item.layer->wide ? best_of_blocks(item, double_tables) : best_of_blocks(item, float_tables);
-  });
+  if (partial)
+    for_each_item(items, parallel, [&](Item& item) {
+      if (item.table < 0 || item.row > 0) return;
+      item.column = item.layer->wide ? best_of_blocks(item, double_tables) : best_of_blocks(item, float_tables);
+    });
   for (const Item& item : items) {
     if (item.table < 0 || item.row == 0) item.layer->best_column.offer(item.column);
     item.layer->best_row.offer(item.row_best);

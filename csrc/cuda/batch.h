@@ -77,7 +77,7 @@ class Batch {
     return static_cast<int64_t>(layers * sizeof(Layer) + ((kSides + 1) * layers + 2 + lists) * sizeof(int32_t));
   }
   int64_t tile_columns(const Layer& layer) const {
-    return layer.path == Path::kStrided ? kWarp : kWarp * kLaneBytes / size_of(dtype);
+    return kWarp * lane_columns(layer.path, static_cast<size_t>(size_of(dtype)));
   }
   int64_t tiles_of(const Layer& layer, int64_t rows_per_tile) const {
     if (layer.path == Path::kSmall) return 0;

@@ -22,6 +22,12 @@ constexpr int kTileShared = 8192;  // bytes
 template <class Weight>
 using SumOf = std::conditional_t<std::is_same_v<Weight, double>, double, float>;
 
+// How many columns a lane has, and so how wide a tile is.
+__host__ __device__ constexpr int lane_columns(Path path, size_t weight_bytes) {
+  if (path == Path::kAligned) return kLaneBytes / static_cast<int>(weight_bytes);
+  return path == Path::kDense ? (weight_bytes == 8 ? 2 : 4) : 1;
+}
+
 template <class Sum, class Number>
 __device__ Sum absolute(Number number) {
   return std::fabs(static_cast<Sum>(number));
@@ -46,7 +52,7 @@ __device__ inline void await_previous_kernel() {
 template <class Weight>
 struct AlignedRows {
   using Sum = SumOf<Weight>;
-  static constexpr int kColumns = kLaneBytes / sizeof(Weight);
+  static constexpr int kColumns = lane_columns(Path::kAligned, sizeof(Weight));
   struct alignas(kLaneBytes) Entries {
     Weight of[kColumns];
   };
@@ -70,7 +76,7 @@ struct AlignedRows {
 template <class Weight>
 struct DenseRows {
   using Sum = SumOf<Weight>;
-  static constexpr int kColumns = sizeof(Weight) == 8 ? 2 : 4;
+  static constexpr int kColumns = lane_columns(Path::kDense, sizeof(Weight));
   struct Entries {
     Weight of[kColumns];
   };
@@ -95,7 +101,7 @@ struct DenseRows {
 template <class Weight, class Sum_>
 struct MergedRows {
   using Sum = Sum_;
-  static constexpr int kColumns = 1;
+  static constexpr int kColumns = lane_columns(Path::kStrided, sizeof(Weight));
   struct Entries {
     Sum of[1];
   };

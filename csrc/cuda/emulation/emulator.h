@@ -55,18 +55,19 @@ class Block {
     live_ = threads;
     waiting_ = 0;
     warps_.assign((threads + kWarp - 1) / kWarp, {});
+    for (Warp& warp : warps_) warp.pace = random_() % 4 ? 1 : 8;
     order_.clear();
     for (unsigned i = 0; i < threads; ++i) order_.push_back(i);
     for (unsigned i = 0; i < threads; ++i) start(i);
+    std::shuffle(order_.begin(), order_.end(), random_);
     while (live_ > 0) {
-      std::shuffle(order_.begin(), order_.end(), random_);
-      bool moved = false;
+      bool ready = false;
       for (unsigned i : order_)
         if (fibers_[i]->state == State::kReady) {
-          moved = true;
-          resume(i);
+          ready = true;
+          if (random_() % warps_[i / kWarp].pace == 0) resume(i);
         }
-      if (!moved) stuck("threads wait for others that never come");
+      if (!ready) stuck("threads wait for others that never come");
     }
   }
 
@@ -108,8 +109,8 @@ class Block {
     std::unique_ptr<char[]> stack{new char[kStack]};
   };
   struct Warp {
-    unsigned arrived = 0;
-    uint64_t numbers[2][kWarp];  // by turns: no lane is two shuffles ahead of another
+    unsigned arrived = 0, pace = 1;  // how many times slower than the fastest
+    uint64_t numbers[2][kWarp];      // by turns: no lane is two shuffles ahead of another
   };
 
   void start(unsigned i) {
@@ -164,7 +165,7 @@ class Block {
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<Warp> warps_;
   std::vector<unsigned> order_;
-  std::mt19937 random_;
+  std::minstd_rand random_;
   unsigned live_ = 0, waiting_ = 0;
   jmp_buf scheduler_;
 };

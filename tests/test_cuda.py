@@ -1,0 +1,301 @@
+"""The CUDA kernels: they compile for every target; run by an emulator, or on a GPU, they equal the reference.
+
+The emulator (``csrc/cuda/emulation``) runs on the CPU the very code of the kernels and of the host around them, all but
+the launch.
+"""
+
+import ctypes
+import itertools
+import mmap
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import cases
+import numpy as np
+import pytest
+import torch
+
+from convnorm.backends import why_not
+from convnorm.plan import read_plan
+from convnorm.winners import as_matrix, slice_index, slice_norm
+
+ROOT = Path(__file__).parents[1]
+CUDA = ROOT / "csrc" / "cuda"
+TORCH = Path(torch.__file__).parent
+COMMON = ["-isystem", str(TORCH / "include"), f"-I{CUDA.parent}", "-std=c++17", "-DUSE_CUDA"]
+COMMON += re.findall(r"-DTORCH_TARGET_VERSION=\w+", (ROOT / "setup.py").read_text())
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+CXX = os.environ.get("CXX", "c++")
+H200 = (396, 1 << 15)  # the tiles that it holds at a time, and the terms of a part: see Cut in csrc/cuda/batch.h
+CUTS = [H200, (1, 50), (20, 2000), (1 << 20, 1 << 30)]
+
+reference = torch.ops.convnorm.measure_reference
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available() or bool(why_not("native", "cuda")), reason="needs a GPU")
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not found")
+def test_compiles_for_every_target_without_a_warning(tmp_path):
+    targets = re.search(r"CUDA_TARGETS = \(([\d, ]+)\)", (ROOT / "setup.py").read_text())[1].split(", ")
+    codes = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets]
+    flags = ["-O3", "-Werror", "all-warnings", "--threads", "0", f"-Xcompiler={','.join(WARNINGS)},-fvisibility=hidden"]
+    for source in CUDA.glob("*.cu"):
+        run([NVCC, *COMMON, *flags, *codes, "-c", source, "-o", tmp_path / "object.o"])
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """``emulated(weights, plan, cut=...)``, as the operators measure_native and measure_reference."""
+    if shutil.which(CXX) is None:
+        pytest.skip(f"{CXX} is not found")
+    library = tmp_path_factory.mktemp("emulated") / "emulated.so"
+    flags = [*COMMON, *WARNINGS, "-O1", "-U_FORTIFY_SOURCE", "-fPIC", "-fvisibility=hidden", "-shared"]
+    run(
+        [
+            CXX,
+            *flags,
+            CUDA / "emulation" / "measure_emulated.cpp",
+            "-o",
+            library,
+            f"-L{TORCH / 'lib'}",
+            "-ltorch_cpu",
+            "-lc10",
+        ]
+    )
+    torch.ops.load_library(library)
+
+    def measure(weights, plan, cut=H200):
+        return torch.ops.convnorm_emulated.measure(weights, plan, [len(weights)], cut)
+
+    return measure
+
+
+@pytest.fixture(params=["emulated", pytest.param("gpu", marks=needs_gpu)])
+def measure(request):
+    """``measure(weights, plan)`` by the kernels, with the results on the CPU."""
+    if request.param == "emulated":
+        return request.getfixturevalue("emulated")
+    return lambda weights, plan: on_gpu([cases.to(weight, "cuda") for weight in weights], plan)
+
+
+def run(command):
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def on_gpu(weights, plan):
+    return tuple(result.cpu() for result in torch.ops.convnorm.measure_native(weights, plan, [len(weights)]))
+
+
+def network(layers):
+    return [i for case in layers for i in case.plan]
+
+
+def assert_same(got, weights, plan, message=""):
+    """The reference's values but for rounding, and winners that attain them."""
+    layers = read_plan(plan)
+    expected = reference([weight.double() for weight in weights], plan, [len(weights)])
+    for ord, (values, norms) in enumerate(zip(got[:2], expected[:2], strict=True)):
+        for weight, layer, value, norm, winner in zip(weights, layers, values, norms, got[2][:, ord], strict=True):
+            rtol = 1e-12 if weight.dtype == value.dtype == torch.float64 else 2e-6
+            noise = 1e-13 * weight.double().abs().max().item() + 1e-44  # where merged taps cancel; the least float
+            norm = norm.to(value.dtype).item()  # float32's inf is right where float32 cannot hold it
+            column = (ord == 0) != layer.transposed
+            part = as_matrix(weight.double(), layer)[slice_index(weight, layer, winner, column)]
+            attained = slice_norm(part, layer, winner, column).to(value.dtype)
+            for number in (value.item(), attained.item()):
+                assert number == norm or abs(number - norm) <= rtol * norm + noise, (
+                    f"{('l1', 'linf')[ord]} is {value.item()!r}, at {winner.tolist()} {attained.item()!r}, "
+                    f"but {norm!r} by the reference. {message}"
+                )
+
+
+def assert_equal(got, weights, plan, message=""):
+    """For weights whose sums need no rounding: then equal sums are equal, and the first of them wins everywhere."""
+    for result, want in zip(got, reference(weights, plan, [len(weights)]), strict=True):
+        assert torch.equal(result, want), f"{result}, not {want}. {message}"
+
+
+def guarded(weight):
+    """The same weight, ending where a page begins that nobody may read; None where it does not fill its memory."""
+    if weight.numel() != weight.untyped_storage().nbytes() // weight.itemsize:
+        return None
+    page, size = mmap.PAGESIZE, weight.numel() * weight.itemsize
+    start = -size % page
+    memory = mmap.mmap(-1, start + size + page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(address + start + size), ctypes.c_size_t(page), 0) == 0
+    flat = torch.frombuffer(memory, dtype=weight.dtype, count=weight.numel(), offset=start)
+    return flat.as_strided(weight.shape, weight.stride()).copy_(weight)
+
+
+def test_random_small_layers(measure, seed):
+    for number in range(600):
+        case, weight = cases.fuzz(seed, number)
+        assert_same(measure([weight], case.plan), [weight], case.plan, cases.replay(seed, number, case))
+
+
+def test_random_large_layers(measure, seed):
+    """Of all layouts, large enough for several tiles."""
+    for number in range(60):
+        rng = np.random.default_rng((seed, number))
+        case = cases.random_large_case(rng, elements=1 << 17)
+        dtype = cases.DTYPES[int(rng.integers(4))]
+        weight = cases.random_values(rng, case.weight_shape, dtype, str(rng.choice(["normal", "integers"])))
+        weight = cases.lay_out(weight, str(rng.choice(cases.LAYOUTS)))
+        assert_same(measure([weight], case.plan), [weight], case.plan, cases.replay(seed, number, case))
+
+
+def test_every_cut_has_the_same_winners(emulated, seed):
+    for number, cut in itertools.product(range(40), CUTS):
+        rng = np.random.default_rng((seed, number))
+        case = cases.random_large_case(rng, elements=1 << 14) if number % 2 else cases.random_case(rng)
+        weight = cases.random_values(rng, case.weight_shape, torch.float32, "integers")
+        weight = cases.lay_out(weight, str(rng.choice(cases.LAYOUTS)))
+        assert_equal(
+            emulated([weight], case.plan, cut), [weight], case.plan, f"{cut}, {cases.replay(seed, number, case)}"
+        )
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_nothing_is_read_past_the_end(emulated, seed, dtype):
+    for number in range(40):
+        rng = np.random.default_rng((seed, number))
+        case = cases.random_large_case(rng, elements=1 << 12)
+        weight = cases.random_values(rng, case.weight_shape, dtype, "normal")
+        weight = guarded(cases.lay_out(weight, str(rng.choice(["contiguous", "channels_last", "reversed"]))))
+        assert_same(emulated([weight], case.plan), [weight], case.plan, cases.replay(seed, number, case))
+
+
+@pytest.mark.parametrize("layers", [3, 40, 300])
+def test_networks_take_two_launches_for_each_dtype(emulated, seed, layers):
+    rng = np.random.default_rng((seed, layers))
+    drawn = [cases.random_case(rng, merging=bool(rng.random() < 0.1)) for _ in range(layers)]
+    weights = [cases.random_values(rng, case.weight_shape, torch.float32, "integers") for case in drawn]
+    torch.ops.convnorm_emulated.work()
+    assert_equal(emulated(weights, network(drawn)), weights, network(drawn))
+    launches, _ = torch.ops.convnorm_emulated.work()
+    assert launches == 2 if layers < 100 else 2 < launches <= 8  # more layers than fit into one kernel's argument
+    weights = [weight.to(cases.DTYPES[int(rng.integers(4))]) for weight in weights]
+    assert_same(emulated(weights, network(drawn)), weights, network(drawn))
+
+
+def resnet18():
+    shapes = [(64, 3, 7, 7)]
+    for width, before in ((64, 64), (128, 64), (256, 128), (512, 256)):
+        shapes += [(width, before, 3, 3), *[(width, width, 3, 3)] * 3, *[(width, before, 1, 1)] * (width != before)]
+    layers = [cases.Case(s, (1 + (s[0] != s[1]),) * 2, (s[2] // 2,) * 2, (32, 32)) for s in shapes]
+    return [*layers, cases.Case((1000, 512))]
+
+
+def test_resnet18_takes_two_launches_and_little_memory(emulated):
+    layers = resnet18()
+    weights = [torch.randn(case.weight_shape) for case in layers]
+    torch.ops.convnorm_emulated.work()
+    assert_same(emulated(weights, network(layers)), weights, network(layers))
+    launches, scratch = torch.ops.convnorm_emulated.work()
+    assert launches == 2
+    assert scratch < 0.03 * sum(weight.nbytes for weight in weights)
+
+
+def test_depthwise_layers_leave_no_tables(emulated):
+    case = cases.Case((3000, 1, 3, 3), (1, 1), (1, 1), (8, 8), {"groups": 3000})
+    weight = torch.randint(-9, 9, case.weight_shape).float()
+    torch.ops.convnorm_emulated.work()
+    assert_equal(emulated([weight], case.plan), [weight], case.plan)
+    _, scratch = torch.ops.convnorm_emulated.work()
+    assert scratch < 0.01 * weight.nbytes
+
+
+def test_windows_that_fit_into_no_argument_are_left_to_the_reference(emulated):
+    launches = []
+    for taps in (30, 300):
+        case = cases.Case((3, 2, taps), (1,), (taps - 1,), (taps // 2,))
+        weight = torch.randint(-9, 9, case.weight_shape).float()
+        torch.ops.convnorm_emulated.work()
+        assert_equal(emulated([weight, weight], case.plan + case.plan), [weight] * 2, case.plan + case.plan)
+        launches.append(torch.ops.convnorm_emulated.work()[0])
+    assert launches == [2, 0]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        cases.Case((3000, 5)),  # taller than a tile
+        cases.Case((5, 3000)),
+        cases.Case((40, 70, 3, 3), (1, 1), (1, 1), (2, 2)),  # four windows of outputs
+        cases.Case((33, 9, 7, 7), (1, 1), (3, 3), (7, 6)),  # too many for masks
+        cases.Case((1, 1, 1024), (512,), (0,), (4096,)),  # half a thousand windows of inputs
+        cases.Case((3, 2, 300), (1,), (299,), (200,)),  # so many windows that they fit into no argument
+        cases.Case((2, 2, 1), (2,), (1,), (1,)),  # every output reads nothing but padding
+        cases.Case((64, 48, 3, 3), (1, 1), (1, 1), (4, 4), {"padding_mode": "reflect"}),
+        cases.Case((48, 1, 31), (1,), (15,), (64,), {"groups": 48, "padding_mode": "replicate"}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_unusual_layers(measure, case, dtype):
+    for layout in cases.LAYOUTS:
+        weight = cases.lay_out(torch.randint(-3, 4, case.weight_shape).to(dtype), layout)
+        assert_equal(measure([weight], case.plan), [weight], case.plan, layout)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_count_where_their_tap_counts(measure, seed, layout, value):
+    for number in range(30):
+        rng = np.random.default_rng((seed, number))
+        case = cases.random_large_case(rng, elements=1 << 12) if number % 2 else cases.random_case(rng, merging=False)
+        weight = cases.random_values(rng, case.weight_shape, torch.float32, "integers")
+        weight[tuple(int(rng.integers(size)) for size in weight.shape)] = value
+        weight = cases.lay_out(weight, layout)
+        got, want = measure([weight], case.plan), reference([weight], case.plan, [1])
+        for result, expected in zip(got, want, strict=True):
+            assert torch.equal(result.nan_to_num(-1), expected.nan_to_num(-1)), cases.replay(seed, number, case)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_graphs_capture_the_kernels(dtype):
+    """Replayed, they measure what the weights have become."""
+    layers = [*resnet18(), cases.TABLE["depthwise"], cases.TABLE["reflect"], cases.TABLE["small_input"]]
+    weights = [torch.randint(-9, 9, case.weight_shape, device="cuda").to(dtype) for case in layers]
+    on_gpu(weights, network(layers))  # loads the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = torch.ops.convnorm.measure_native(weights, network(layers), [len(weights)])
+    for _ in range(3):
+        for weight in weights:
+            weight.copy_(torch.randint(-9, 9, weight.shape))
+        graph.replay()
+        on_cpu = [weight.cpu() for weight in weights]
+        assert_same([result.cpu() for result in results], on_cpu, network(layers))
+        for layer, winner in enumerate(results[2].cpu()):
+            assert torch.equal(winner, reference([on_cpu[layer]], layers[layer].plan, [])[2])
+
+
+@needs_gpu
+def test_results_are_the_same_to_the_last_bit_every_time():
+    layers = resnet18()
+    weights = [torch.randn(case.weight_shape, device="cuda") for case in layers]
+    first = on_gpu(weights, network(layers))
+    for _ in range(20):
+        assert all(map(torch.equal, on_gpu(weights, network(layers)), first))
+
+
+@needs_gpu
+def test_streams_and_devices_are_those_of_pytorch():
+    weight, case = torch.zeros(512, 512, 3, 3, device="cuda"), resnet18()[-2]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        weight.fill_(1)
+        assert torch.ops.convnorm.measure_native([weight], case.plan, [])[0].item() == 9 * 512
+    if torch.cuda.device_count() > 1:
+        assert torch.ops.convnorm.measure_native([weight.to("cuda:1")], case.plan, [])[0].item() == 9 * 512
+        assert torch.cuda.current_device() == 0
