@@ -28,54 +28,35 @@ class BuildNative(build_ext):
 
         root = Path(torch.__file__).parent
         nvcc = find_nvcc()
-        common = [
-            "-isystem",
-            str(root / "include"),
-            f"-I{CSRC}",
-            "-std=c++17",
-            "-O3",
-            "-DTORCH_TARGET_VERSION=0x020b000000000000",
-        ]
-        host = [
-            os.environ.get("CXX", "c++"),
-            *common,
-            "-fPIC",
-            "-fvisibility=hidden",
-            "-Wall",
-            "-Wextra",
-            "-ffp-contract=off",
-        ]
-        host += os.environ.get("CONVNORM_CXX_FLAGS", "").split()
-        codes = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in CUDA_TARGETS]
-        codes.append(f"-gencode=arch=compute_{CUDA_TARGETS[-1]},code=compute_{CUDA_TARGETS[-1]}")
-        device = [str(nvcc), *common, "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden", *codes]
+        extra = os.environ.get("CONVNORM_CXX_FLAGS", "").split()
+        common = ["-isystem", str(root / "include"), f"-I{CSRC}", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+        common += ["-std=c++17", "-O3"]
+        host = [os.environ.get("CXX", "c++"), *common, *extra]
+        host += ["-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
+        newest = CUDA_TARGETS[-1]
+        device = [str(nvcc), *common, "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        device += [f"-gencode=arch=compute_{target},code=sm_{target}" for target in CUDA_TARGETS]
+        device += [f"-gencode=arch=compute_{newest},code=compute_{newest}"]
 
         sources = [(host, source) for source in map(Path, ext.sources)]
         if nvcc:
             sources += [(device, source) for source in sorted((CSRC / "cuda").glob("*.cu"))]
         build = Path(self.build_temp)
         build.mkdir(parents=True, exist_ok=True)
-        objects = [build / f"{source.stem}.o" for _, source in sources]
-        commands = [[*compiler, "-c", str(s), "-o", str(o)] for (compiler, s), o in zip(sources, objects, strict=True)]
+        objects = [build / f"{source.parent.name}_{source.stem}.o" for _, source in sources]
+        commands = [
+            [*compiler, "-c", str(source), "-o", str(made)]
+            for (compiler, source), made in zip(sources, objects, strict=True)
+        ]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             failed = any(list(pool.map(subprocess.call, commands)))
         if failed:
             raise RuntimeError("the extension does not compile; CONVNORM_NO_EXT=1 installs without it")
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        cudart = [f"-L{nvcc.parent.parent / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"] if nvcc else []
-        link = [
-            host[0],
-            "-shared",
-            *map(str, objects),
-            f"-L{root / 'lib'}",
-            "-ltorch_cpu",
-            "-lc10",
-            *cudart,
-            "-o",
-            str(target),
-        ]
-        subprocess.run([*link, *os.environ.get("CONVNORM_CXX_FLAGS", "").split()], check=True)
+        linker = [str(nvcc), "-cudart=static"] if nvcc else [host[0], *extra]  # nvcc knows where its libraries are
+        libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
+        subprocess.run([*linker, "-shared", *map(str, objects), *libraries, "-o", str(target)], check=True)
 
 
 def find_nvcc() -> Path | None:
@@ -84,11 +65,8 @@ def find_nvcc() -> Path | None:
     if wanted == "0":
         return None
     home = os.environ.get("CUDA_HOME")
-    found = (
-        shutil.which("nvcc", path=f"{home}/bin")
-        if home
-        else shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    )
+    places = [f"{home}/bin"] if home else [None, "/usr/local/cuda/bin"]  # None: the PATH
+    found = next(filter(None, (shutil.which("nvcc", path=place) for place in places)), None)
     if found is None and wanted == "1":
         raise RuntimeError("CONVNORM_CUDA=1, but no nvcc is found: set CUDA_HOME")
     return Path(found).resolve() if found else None

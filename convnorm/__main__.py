@@ -31,9 +31,12 @@ def main(arguments: list[str] | None = None) -> int:
 def load_model(name: str) -> nn.Module:
     module, _, factory = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), factory)()
-    except (ImportError, AttributeError, ValueError) as error:
+        model = getattr(importlib.import_module(module), factory)()
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         sys.exit(f"convnorm: MODEL {name!r} is no package.module:factory: {error}")
+    if not isinstance(model, nn.Module):
+        sys.exit(f"convnorm: MODEL {name!r} makes a {type(model).__name__}, not an nn.Module")
+    return model
 
 
 def check_model(model: nn.Module, in_shape: list[int]) -> int:
@@ -41,16 +44,21 @@ def check_model(model: nn.Module, in_shape: list[int]) -> int:
     print(
         f"{'layer':24} {'kind':10} {'weight':20} {'input':8} {'l1':>10} {'attained':>10} {'linf':>10} {'attained':>10}"
     )
-    worst = 0.0
+    differences = [0.0]
+    training = [module for module in model.modules() if module.training]
+    model.eval()  # parametrized weights may change in training whenever they are read
     for use in observe(model, [1, *in_shape]):
-        found = norms(use.module, use.in_shape)
+        found = norms(use.layer)
         row = [attained(use, ord) for ord in (1, math.inf)]
         l1, linf = found.l1.item(), found.linf.item()
-        worst = max(worst, *(abs(got / said - 1) for got, said in zip(row, (l1, linf), strict=True)))
+        differences += [abs(got - said) / (said or 1) for got, said in zip(row, (l1, linf), strict=True)]
         size = "x".join(map(str, use.in_shape))
         shape = "x".join(map(str, use.module.weight.shape))
         kind = type(use.module).__name__
         print(f"{use.name:24} {kind:10} {shape:20} {size:8} {l1:10.6g} {row[0]:10.6g} {linf:10.6g} {row[1]:10.6g}")
+    for module in training:
+        module.training = True
+    worst = math.nan if any(map(math.isnan, differences)) else max(differences)
     print(f"Largest difference between a norm and what its witness attains: {worst:.1e}, relative.")
     return int(not worst <= TOLERANCE)
 
@@ -59,7 +67,9 @@ def attained(use: Use, ord: float) -> float:
     """||layer(x)|| / ||x|| for the witness x, by the module itself in double precision, without its bias."""
     module = copy.deepcopy(use.module).double()
     module.bias = None
-    x = witness(use.module, use.in_shape, ord=ord).double()
+    if use.layer.transposed:
+        module.output_padding = use.layer.output_padding
+    x = witness(use.layer, ord=ord).double()
     with torch.no_grad():
         y = module(x)
     return (torch.linalg.vector_norm(y, ord) / torch.linalg.vector_norm(x, ord)).item()

@@ -95,5 +95,7 @@ def backends() -> dict[str, dict[str, str]]:
     table: dict[str, dict[str, str]] = {}
     for device in devices:
         table[device] = {backend: why_not(backend, device) or "available" for backend in BACKENDS}
-        table[device][backend_for(torch.device(device))] = "serves"
+        serves = _chosen or _default(device)
+        if table[device][serves] == "available":
+            table[device][serves] = "serves"
     return table

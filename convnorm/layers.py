@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -115,6 +116,7 @@ def as_layer(layer: nn.Module | Tensor | Layer, in_shape: Sequence[int] = (), **
     unknown = set(given) - {"stride", "padding", "dilation", "output_padding", "groups", "padding_mode", "transposed"}
     if unknown:
         raise TypeError(f"convnorm: unknown option {', '.join(sorted(unknown))}")
+    given |= {name: plain for name, plain in (("dilation", 1), ("output_padding", 0)) if given[name] is None}
     sizes = {name: _tuple(given[name], n_axes) for name in ("stride", "padding", "dilation", "output_padding")}
     return Layer(
         weight,
@@ -156,10 +158,17 @@ class Use:
     name: str
     module: nn.Module
     in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
 
     @property
     def layer(self) -> Layer:
-        return as_layer(self.module, self.in_shape)
+        layer = as_layer(self.module, self.in_shape)
+        if not layer.transposed:
+            return layer
+        # a call with output_size chooses its own output padding
+        least = replace(layer, output_padding=(0,) * len(self.in_shape)).geometry.out_shape
+        extra = tuple(size - low for size, low in zip(self.out_shape, least, strict=True))
+        return replace(layer, output_padding=extra)
 
 
 def observe(model: nn.Module, *inputs: Tensor | Sequence[int]) -> list[Use]:
@@ -171,25 +180,32 @@ def observe(model: nn.Module, *inputs: Tensor | Sequence[int]) -> list[Use]:
     >>> [(use.name, use.in_shape) for use in observe(model, [1, 3, 8, 8])]
     [('0', (8, 8)), ('2', ())]
     """
-    uses: dict[tuple[nn.Module, tuple[int, ...]], Use] = {}
+    uses: dict[tuple[nn.Module, tuple[int, ...], tuple[int, ...]], Use] = {}
+    if any(nn.parameter.is_lazy(tensor) for tensor in chain(model.parameters(), model.buffers())):
+        raise GeometryError("convnorm: weight is not initialised yet: run the model once")
 
-    def see(name: str, module: nn.Module, args: tuple) -> None:
-        in_shape = tuple(args[0].shape[args[0].dim() - module.weight.dim() + 2 :]) if module.weight.dim() > 2 else ()
-        uses.setdefault((module, in_shape), Use(name, module, in_shape))
+    def see(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], y: Tensor) -> None:
+        x = args[0] if args else kwargs["input"]
+        spatial = 0 if isinstance(module, nn.Linear) else len(module.kernel_size)
+        sizes = tuple(x.shape[x.dim() - spatial :]), tuple(y.shape[y.dim() - spatial :])
+        uses.setdefault((module, *sizes), Use(name, module, *sizes))
 
     hooks = [
-        module.register_forward_pre_hook(lambda module, args, name=name: see(name, module, args))
+        module.register_forward_hook(partial(see, name), with_kwargs=True)
         for name, module in model.named_modules()
         if isinstance(module, LAYERS)
     ]
-    training = [module for module in model.modules() if module.training]
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     try:
         model.eval()
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            model(*(fake.from_tensor(x) if isinstance(x, Tensor) else torch.empty(*x) for x in inputs))
+            shapes_as = {"dtype": like.dtype, "device": like.device}
+            model(*(fake.from_tensor(x) if isinstance(x, Tensor) else torch.empty(*x, **shapes_as) for x in inputs))
     finally:
-        for module in training:
-            module.training = True
+        for module, attributes in before:  # its training flag, and what it keeps of a forward pass
+            vars(module).clear()
+            vars(module).update(attributes)
         for hook in hooks:
             hook.remove()
     return list(uses.values())

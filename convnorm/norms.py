@@ -30,16 +30,18 @@ class Norms:
     @property
     def l2_bound(self) -> Tensor:
         """sqrt(l1 linf). Free, and loose: 3-12 x the l2 norm for random layers, growing with the channels."""
-        return self.l1.sqrt() * self.linf.sqrt()  # the product itself may overflow
+        zero = self.l1 == 0  # where sqrt has no gradient
+        l1, linf = self.l1.masked_fill(zero, 1), self.linf.masked_fill(zero, 1)
+        return (l1.sqrt() * linf.sqrt()).masked_fill(zero, 0)  # the product itself may overflow
 
     @property
     def frobenius(self) -> Tensor:
         """The Frobenius norm of the layer's matrix: the root of the sum of its squared entries."""
-        squares = merge_taps(as_matrix(self._layer.weight, self._layer.plan), self._layer.plan.axes).square()
+        entries = merge_taps(as_matrix(self._layer.weight, self._layer.plan), self._layer.plan.axes).double()
         for i in range(len(self._layer.in_shape)):
-            counts = self._layer.geometry.entries(i)
-            squares = squares.movedim(3, -1) @ torch.tensor(counts, dtype=squares.dtype, device=squares.device)
-        return squares.sum().sqrt().to(self.l1.dtype)
+            counts = torch.tensor(self._layer.geometry.entries(i), dtype=entries.dtype, device=entries.device)
+            entries = entries.movedim(3, -1) * counts.sqrt()
+        return torch.linalg.vector_norm(entries).to(self.l1.dtype)
 
     @property
     def frobenius_bound(self) -> Tensor:
@@ -50,7 +52,9 @@ class Norms:
         if any(axis.merged for axis in self._layer.plan.axes):
             return self.frobenius
         outputs = self._layer.in_shape if self._layer.transposed else self._layer.geometry.out_shape
-        return math.sqrt(math.prod(outputs)) * torch.linalg.vector_norm(self._layer.weight, dtype=self.l1.dtype)
+        return math.sqrt(math.prod(outputs)) * torch.linalg.vector_norm(self._layer.weight, dtype=torch.float64).to(
+            self.l1.dtype
+        )
 
     def __repr__(self) -> str:
         names = ("l1", "linf", "l2_bound", "frobenius", "frobenius_bound")
@@ -94,8 +98,8 @@ def subgradient(
     one = _with_values(as_layer(layer, in_shape, **options))
     winner, column = _winner(one, ord)
     index = slice_index(one.weight, one.plan, winner, column)
-    part = as_matrix(one.weight.detach(), one.plan)[index].requires_grad_()
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        part = as_matrix(one.weight.detach(), one.plan)[index].requires_grad_()
         (values,) = torch.autograd.grad(slice_norm(part, one.plan, winner, column), part)
     if layout == "dense":
         dense = torch.zeros_like(one.weight, requires_grad=False)
@@ -105,7 +109,8 @@ def subgradient(
     group, row, col = (i.expand(len(values))[first] for i in index)
     rows_per_group = one.weight.shape[0] // one.groups
     places = torch.stack([group * rows_per_group + row, col, *others])
-    return torch.sparse_coo_tensor(places, values[(first, *others)], one.weight.shape).coalesce()
+    values = values[(first, *others)]
+    return torch.sparse_coo_tensor(places, values, one.weight.shape, check_invariants=False).coalesce()
 
 
 def witness(layer: nn.Module | Tensor, in_shape: Sequence[int] = (), *, ord: float = 1, **options: Any) -> Tensor:
@@ -129,8 +134,10 @@ def witness(layer: nn.Module | Tensor, in_shape: Sequence[int] = (), *, ord: flo
     if ord == 1:
         x[(0, channel, *position)] = 1
         return x
-    with torch.enable_grad():
-        row = torch.autograd.grad(one(x.requires_grad_())[(0, channel, *position)], x)[0]
+    with torch.inference_mode(False), torch.enable_grad():
+        exact = dataclasses.replace(one, weight=one.weight.detach().clone().double())  # merged taps may cancel
+        x64 = torch.zeros_like(x, dtype=torch.float64, requires_grad=True)
+        (row,) = torch.autograd.grad(exact(x64)[(0, channel, *position)], x64)
     return torch.where(row < 0, -1.0, 1.0).to(x.dtype)
 
 
@@ -160,11 +167,12 @@ def _with_values(layer: Layer) -> Layer:
 
 def _scaled(layer: Layer, scale: Tensor) -> Layer:
     """The layer followed by a multiplication of each output channel."""
+    plan = layer.plan  # refuses what is no layer
     if scale.shape != (layer.out_channels,):
         raise GeometryError(
             f"convnorm: scale of shape {list(scale.shape)} must have {layer.out_channels} output channels"
         )
-    matrix = as_matrix(layer.weight, layer.plan)
+    matrix = as_matrix(layer.weight, plan)
     per_channel = scale.view(layer.groups, 1, -1) if layer.transposed else scale.view(layer.groups, -1, 1)
     scaled = matrix * per_channel.reshape(*per_channel.shape, *[1] * len(layer.in_shape))
     return dataclasses.replace(layer, weight=scaled.flatten(0, 1))

@@ -78,12 +78,18 @@ def measure(request):
     """``measure(weights, plan)`` by the kernels, with the results on the CPU."""
     if request.param == "emulated":
         return request.getfixturevalue("emulated")
-    return lambda weights, plan: on_gpu([cases.to(weight, "cuda") for weight in weights], plan)
+    return lambda weights, plan: on_gpu([to_gpu(weight) for weight in weights], plan)
 
 
 def run(command):
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def to_gpu(weight):
+    """The weight with all the memory around it, so that it lies there as it lies here."""
+    empty, memory = torch.empty(0, dtype=weight.dtype, device="cuda"), weight.untyped_storage().cuda()
+    return empty.set_(memory, weight.storage_offset(), weight.shape, weight.stride())
 
 
 def on_gpu(weights, plan):
@@ -171,6 +177,16 @@ def test_nothing_is_read_past_the_end(emulated, seed, dtype):
         assert_same(emulated([weight], case.plan), [weight], case.plan, cases.replay(seed, number, case))
 
 
+@pytest.mark.parametrize(
+    ("shape", "strides"), [((3, 200), (2**31 + 8, 1)), ((3, 200), (2**31 + 5, 3)), ((200, 3), (2, 2**31 + 5))]
+)
+def test_offsets_take_64_bits(measure, tmp_path, shape, strides):
+    sparse = torch.from_file(str(tmp_path / "weight"), shared=True, size=5 << 30, dtype=torch.bfloat16)  # in few blocks
+    case = cases.Case(shape)
+    weight = sparse.as_strided(shape, strides).copy_(torch.randint(-9, 9, shape))
+    assert_equal(measure([weight], case.plan), [weight], case.plan)
+
+
 @pytest.mark.parametrize("layers", [3, 40, 300])
 def test_networks_take_two_launches_for_each_dtype(emulated, seed, layers):
     rng = np.random.default_rng((seed, layers))
@@ -228,7 +244,7 @@ def test_windows_that_fit_into_no_argument_are_left_to_the_reference(emulated):
         cases.Case((3000, 5)),  # taller than a tile
         cases.Case((5, 3000)),
         cases.Case((40, 70, 3, 3), (1, 1), (1, 1), (2, 2)),  # four windows of outputs
-        cases.Case((33, 9, 7, 7), (1, 1), (3, 3), (7, 6)),  # too many for masks
+        cases.Case((9, 5, 11, 11), (1, 1), (5, 5), (6, 6)),  # 36 of them, more than a mask has bits
         cases.Case((1, 1, 1024), (512,), (0,), (4096,)),  # half a thousand windows of inputs
         cases.Case((3, 2, 300), (1,), (299,), (200,)),  # so many windows that they fit into no argument
         cases.Case((2, 2, 1), (2,), (1,), (1,)),  # every output reads nothing but padding

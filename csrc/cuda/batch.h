@@ -129,7 +129,9 @@ inline void Batch::cut(const Cut& cut) {
   first_tile_ = first_part_ = {0};
   for (Layer& layer : layers_) {
     const bool strided = layer.path == Path::kStrided;
-    const int64_t rows = std::min<int64_t>(strided ? kStridedTileRows : dense_rows, layer.rows);
+    // As many tiles as tiles of the full height would be, but all about equally high.
+    const int64_t even = ceil_div(layer.rows, ceil_div(layer.rows, strided ? kStridedTileRows : dense_rows));
+    const int64_t rows = ceil_div(even, kLeastTileRows) * kLeastTileRows;
     layer.rows_per_tile = static_cast<int32_t>(rows);
     layer.row_tiles = static_cast<int32_t>(ceil_div(layer.rows, rows));
     layer.column_tiles = static_cast<int32_t>(ceil_div(strided ? layer.columns : layer.length, tile_columns(layer)));

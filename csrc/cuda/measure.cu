@@ -1,11 +1,9 @@
 // measure_native on CUDA: at most two launches for all layers of one dtype, and nothing that a graph could not capture:
 // no synchronisation, no copies (all that the kernels need to know travels as their argument), no memory but PyTorch's.
 #include <cuda_runtime_api.h>
+#include <dlfcn.h>
 
 #include "measure.h"
-
-// Only a PyTorch with CUDA has it, and one library serves those without as well.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace convnorm::cuda {
 namespace {
@@ -19,14 +17,18 @@ class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
     check(cudaGetDevice(&before_), "cudaGetDevice");
-    check(cudaSetDevice(device), "cudaSetDevice");
+    changes_ = before_ != device;
+    if (changes_) check(cudaSetDevice(device), "cudaSetDevice");
   }
-  ~DeviceGuard() { (void)cudaSetDevice(before_); }
+  ~DeviceGuard() {
+    if (changes_) (void)cudaSetDevice(before_);
+  }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
   int before_ = 0;
+  bool changes_ = false;
 };
 
 int attribute(cudaDeviceAttr which, int device) {
@@ -35,15 +37,24 @@ int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
-// The stream that PyTorch works on.
-class CurrentStream {
+// PyTorch's current stream. The function stands in libtorch_cuda, which this library cannot name, since it serves a
+// PyTorch without CUDA as well; nor would a weak symbol find it, since Python loads PyTorch's libraries RTLD_LOCAL.
+cudaStream_t current_stream(int device) {
+  using Find = AOTITorchError (*)(int32_t, void**);
+  static const auto find = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<Find>(dlsym(library ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  }();
+  STD_TORCH_CHECK(find, "convnorm: aoti_torch_get_current_cuda_stream is not found in libtorch_cuda.so");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(find(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+class Stream {
  public:
-  explicit CurrentStream(int device) : overlaps_(attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9) {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "convnorm: this PyTorch was built without CUDA");
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
-  }
+  explicit Stream(int device)
+      : stream_(current_stream(device)), overlaps_(attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9) {}
 
   // The caching allocator gives memory out again in the order of the stream: it may be freed right after a launch.
   static Tensor allocate(const Tensor& like, int64_t bytes) {
@@ -67,7 +78,7 @@ class CurrentStream {
   }
 
  private:
-  cudaStream_t stream_ = nullptr;
+  const cudaStream_t stream_;
   const bool overlaps_;
 };
 
@@ -77,7 +88,7 @@ Measured measure_cuda(std::vector<Tensor> weights, std::vector<int64_t> plan, st
   for (const Tensor& weight : weights)
     STD_TORCH_CHECK(weight.is_cuda() && weight.get_device_index() == device, "convnorm: weights must be on one device");
   const DeviceGuard guard(device);
-  CurrentStream stream(device);
+  const Stream stream(device);
   const Cut cut{kTileBlocks * attribute(cudaDevAttrMultiProcessorCount, device)};
   return measure(weights, plan, shape, cut, stream);
 }

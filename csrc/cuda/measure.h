@@ -47,7 +47,7 @@ inline std::optional<std::vector<Batch>> batches_of(const std::vector<Tensor>& w
 }
 
 template <class Weight, int kSize, class Device>
-void measure_batch(const Batch& batch, const Result& result, Device& device) {
+void measure_batch(const Batch& batch, const Result& result, const Device& device) {
   Network<kSize> network;
   batch.pack(network);
   const auto scratch = device.allocate(result.l1, batch.scratch_bytes());
@@ -63,7 +63,7 @@ void measure_batch(const Batch& batch, const Result& result, Device& device) {
 }
 
 template <class Weight, class Device>
-void measure_batch(const Batch& batch, const Result& result, Device& device) {
+void measure_batch(const Batch& batch, const Result& result, const Device& device) {
   if (batch.fits<kSmallNetwork>())
     measure_batch<Weight, kSmallNetwork>(batch, result, device);
   else
@@ -72,7 +72,7 @@ void measure_batch(const Batch& batch, const Result& result, Device& device) {
 
 template <class Device>
 Measured measure(const std::vector<Tensor>& weights, const std::vector<int64_t>& numbers,
-                 const std::vector<int64_t>& shape, const Cut& cut, Device& device) {
+                 const std::vector<int64_t>& shape, const Cut& cut, const Device& device) {
   const auto plan = read_plan(numbers);
   const Result result = new_result(weights, *plan, shape);
   const auto batches = batches_of(weights, *plan, cut);

@@ -74,11 +74,10 @@ struct Best {
 
 // The argument of both kernels, kSize bytes long. Its numbers begin with
 //
-//     first_tile[layers + 1]          the blocks of the first kernel that sum tiles of each layer
-//     first_part[2 * layers + 1]      the blocks of the second kernel that search each side of each layer
+//     first_tile[layers + 1]          where the blocks of the first kernel that sum each layer's tiles begin
+//     first_part[2 * layers + 1]      where those of the second begin that search each side of it
 //
-// and the lists follow.
-// The scratch memory begins with bests[parts] and counters[2 * layers].
+// and the lists follow. The scratch memory begins with bests[parts] and counters[2 * layers].
 template <int kSize>
 struct Network {
   static constexpr int kBytes = kSize - 48;

@@ -33,8 +33,7 @@ __device__ Sum absolute(Number number) {
   return std::fabs(static_cast<Sum>(number));
 }
 
-// A kernel may begin while the one before it in the stream still runs, where the hardware can: the earlier one allows
-// it,
+// Where the hardware can, a kernel may begin while the one before it in the stream still runs: the earlier allows it,
 __device__ inline void allow_next_kernel() {
 #if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
@@ -148,7 +147,7 @@ struct Tile {
   int32_t first_column, columns;
   Sum* column_sums;  // [columns]
   Sum* row_sums;     // [windows][window_step], of which row r of the group is the r-th
-  int32_t windows;   // of a row: 32 at most
+  int32_t windows;   // of a row
   int64_t window_step;
 };
 
@@ -219,7 +218,7 @@ __device__ void sum_tile(const Rows& rows, const Tile<Sum>& tile, const uint32_t
   __syncthreads();  // before the next tile uses the memory again
 }
 
-// The place of a block's tile in its layer, and the part of it that does not depend on the path.
+// Which of its layer's tiles a block has.
 struct Place {
   int32_t group, row_tile, column_tile;
 
@@ -256,9 +255,9 @@ __device__ void sum_dense_tile(const Network<kSize>& network, const Layer& layer
   if (layer.masks >= 0) {
     const int32_t *of_taps = network.list_numbers() + layer.masks, taps = layer.length / layer.columns;
     masks = reinterpret_cast<uint32_t*>(shared + kTileShared);
-    const int32_t place = tile.first_column + static_cast<int32_t>(threadIdx.x);
+    const int32_t column = tile.first_column + static_cast<int32_t>(threadIdx.x);
     if (threadIdx.x < Rows::kColumns * kWarp)
-      masks[threadIdx.x] = static_cast<uint32_t>(of_taps[place / layer.tap_step % taps]);
+      masks[threadIdx.x] = static_cast<uint32_t>(of_taps[column / layer.tap_step % taps]);
     __syncthreads();
   }
   const int32_t column = tile.first_column + Rows::column(threadIdx.x % kWarp, 0);

@@ -58,7 +58,7 @@ struct EmulatedDevice {
 
 Measured measure_emulated(std::vector<Tensor> weights, std::vector<int64_t> plan, std::vector<int64_t> shape,
                           std::vector<int64_t> cut) {
-  EmulatedDevice device;
+  const EmulatedDevice device{};
   return measure(weights, plan, shape, Cut{cut.at(0), cut.at(1)}, device);
 }
 
