@@ -33,7 +33,7 @@ from .reference import measure_reference, result_dtype
 from .winners import as_matrix, slice_index, slice_norm, window_counts
 
 LAYER = (
-    "int[1] stride, int[1] padding, SymInt[1] in_shape, *, int[1]? dilation=None, int groups=1, "
+    "int[1] stride, int[1] padding, SymInt[] in_shape, *, int[1]? dilation=None, int groups=1, "
     "str padding_mode='zeros', bool transposed=False, int[1]? output_padding=None"
 )
 LAYERS = (

@@ -17,7 +17,7 @@ from .winners import as_matrix, merge_taps, slice_index, slice_norm
 
 
 class Norms:
-    """Operator norms of one layer as 0-dim tensors on the weight's device; ``float(norms.l1)`` brings one over.
+    """Operator norms of one layer as 0-dim tensors on the weight's device; ``norms.l1.item()`` brings one over.
 
     ``l1`` and ``linf`` are exact: the largest absolute column and row sum of the layer's matrix. The others are at
     least the l2 norm of every layer, and computed when asked for.
@@ -174,5 +174,6 @@ def _scaled(layer: Layer, scale: Tensor) -> Layer:
         )
     matrix = as_matrix(layer.weight, plan)
     per_channel = scale.view(layer.groups, 1, -1) if layer.transposed else scale.view(layer.groups, -1, 1)
-    scaled = matrix * per_channel.reshape(*per_channel.shape, *[1] * len(layer.in_shape))
+    exact = torch.promote_types(matrix.dtype, torch.float32)  # of half precision the product is not rounded
+    scaled = matrix.to(exact) * per_channel.reshape(*per_channel.shape, *[1] * len(layer.in_shape))
     return dataclasses.replace(layer, weight=scaled.flatten(0, 1))
