@@ -188,14 +188,14 @@ def test_offsets_take_64_bits(measure, tmp_path, shape, strides):
 
 
 @pytest.mark.parametrize("layers", [3, 40, 300])
-def test_networks_take_two_launches_for_each_dtype(emulated, seed, layers):
+def test_networks_take_at_most_two_launches(emulated, seed, layers):
     rng = np.random.default_rng((seed, layers))
     drawn = [cases.random_case(rng, merging=bool(rng.random() < 0.1)) for _ in range(layers)]
     weights = [cases.random_values(rng, case.weight_shape, torch.float32, "integers") for case in drawn]
     torch.ops.convnorm_emulated.work()
     assert_equal(emulated(weights, network(drawn)), weights, network(drawn))
     launches, _ = torch.ops.convnorm_emulated.work()
-    assert launches == 2 if layers < 100 else 2 < launches <= 8  # more layers than fit into one kernel's argument
+    assert launches <= 2 if layers < 100 else 2 < launches <= 8  # more layers than fit into one kernel's argument
     weights = [weight.to(cases.DTYPES[int(rng.integers(4))]) for weight in weights]
     assert_same(emulated(weights, network(drawn)), weights, network(drawn))
 

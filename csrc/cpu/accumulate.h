@@ -38,7 +38,8 @@ struct GeneralBlock {
 
 // Sum is double for double weights and wherever taps are merged, for what is merged may cancel; else float.
 struct Kernels {
-  void (*dense[static_cast<int>(Number::kCount)])(const DenseBlock&);
+  void (*dense[static_cast<int>(Number::kCount)])(const DenseBlock&);         // period 1
+  void (*interleaved[static_cast<int>(Number::kCount)])(const DenseBlock&);   // segments 1
   void (*general[static_cast<int>(Number::kCount)][2])(const GeneralBlock&);  // [..][Sum is double]
   void (*combine_floats)(const float* tables, int64_t count, int64_t length, double* total);
   void (*combine_doubles)(const double* tables, int64_t count, int64_t length, double* total);

@@ -185,13 +185,14 @@ void accumulate(const Layer& layer, int64_t group, int64_t row, int64_t rows, vo
   const int number = static_cast<int>(layer.number);
   const int64_t size = layer.number == Number::kDouble ? 8 : layer.number == Number::kFloat ? 4 : 2;
   const void* data = static_cast<const char*>(matrix.data) + offset * size;
+  const Kernels& all = kernels();
   if (layer.dense)
-    kernels().dense[number](
+    (layer.period > 1 ? all.interleaved : all.dense)[number](
         {data, rows, matrix.row_stride, matrix.row_length(), layer.segments, layer.period, table, row_sums});
   else
-    kernels().general[number][layer.wide](
-        {data, rows, matrix.row_stride, matrix.columns, matrix.column_stride, static_cast<int64_t>(layer.taps.size()),
-         layer.merged_taps(), layer.taps.data(), layer.merged.data(), layer.merged_of.data(), table, row_sums});
+    all.general[number][layer.wide]({data, rows, matrix.row_stride, matrix.columns, matrix.column_stride,
+                                     static_cast<int64_t>(layer.taps.size()), layer.merged_taps(), layer.taps.data(),
+                                     layer.merged.data(), layer.merged_of.data(), table, row_sums});
 }
 
 template <class Sum>
@@ -290,8 +291,9 @@ std::tuple<Tensor, Tensor, Tensor> measure_cpu(std::vector<Tensor> weights, std:
       }
   }
 
-  Table<float> float_memory;
-  Table<double> double_memory;
+  thread_local Table<float>
+      float_memory;  // stays: new pages from the system on every call would cost more than the sums
+  thread_local Table<double> double_memory;
   float* float_tables = float_memory.of_length(floats);
   double* double_tables = double_memory.of_length(doubles);
   const bool parallel = elements > kParallelElements;
