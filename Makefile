@@ -24,7 +24,7 @@ $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
 lint: $(VENV)/ready  ## formatting and lint, with pinned tools
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	git ls-files 'csrc/*' | xargs $(BIN)/clang-format --dry-run --Werror
+	git ls-files 'csrc/*' 'tests/emulation/*' | xargs $(BIN)/clang-format --dry-run --Werror
 
 wheel: $(VENV)/ready  ## dist/: one wheel with the extension, and one of pure Python
 	rm -rf dist build/wheel

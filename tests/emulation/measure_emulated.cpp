@@ -9,7 +9,7 @@
 
 #include "emulator.h"
 // (the kernels come after the language they are written in)
-#include "../measure.h"
+#include "cuda/measure.h"
 
 namespace convnorm::cuda {
 namespace {
