@@ -14,7 +14,7 @@ import torch
 
 import convnorm
 from convnorm.geometry import PADDING_MODES, GeometryError, geometry
-from convnorm.kernels import triton_measure
+from convnorm.kernels import triton_measure, triton_schedule
 from convnorm.plan import layer_plan, read_plan
 
 pytest.importorskip("triton")
@@ -215,10 +215,10 @@ def test_triton_keeps_its_records_between_calls():
     weight = exact(20, 24, 3, 3)
     plan = plan_of(weight, 1, 1, 8, {})
     measure("triton", [weight], plan)
-    before = triton_measure._schedules.cache_info().misses, triton_measure._addresses.cache_info().misses
+    before = triton_schedule.schedules.cache_info().misses, triton_measure._addresses.cache_info().misses
     weight.mul_(2)
     assert_same([weight], plan)
-    assert before == (triton_measure._schedules.cache_info().misses, triton_measure._addresses.cache_info().misses)
+    assert before == (triton_schedule.schedules.cache_info().misses, triton_measure._addresses.cache_info().misses)
 
 
 @pytest.mark.parametrize(
@@ -227,8 +227,8 @@ def test_triton_keeps_its_records_between_calls():
 def test_triton_tables_are_small(shape, groups, share):
     weight = torch.empty(shape, device="meta")
     (layer,) = read_plan(plan_of(weight, 1, 1, 8, {"groups": groups}))
-    records = triton_measure.Records()
-    records.add(0, layer, triton_measure.Layout(weight.dtype, weight.shape, weight.stride(), True))
+    records = triton_schedule.Records()
+    records.add(0, layer, triton_schedule.Layout(weight.dtype, weight.shape, weight.stride(), True))
     assert records.table_size <= share * weight.numel()
 
 
@@ -255,7 +255,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from convnorm.kernels import triton_kernels as kernels
-from convnorm.kernels.triton_measure import CHANNELS, ROWS, SEGMENT, TERMS, WIDE
+from convnorm.kernels.triton_schedule import CHANNELS, ROWS, SEGMENT, TERMS, WIDE
 
 def compiled(kernel, pointers, numbers, constants, num_warps):
     signature = pointers | numbers | dict.fromkeys(constants, "constexpr")
