@@ -35,9 +35,9 @@ test-wheel: wheel  ## both wheels pass the tests, installed in a clean environme
 	away=$$(mktemp -d) && cp -r tests $$away && here=$$PWD && cd $$away && \
 	$(PYTHON) -m venv clean && clean/bin/pip install -q "$(TORCH)" && \
 	clean/bin/pip install -q "$$(ls $$here/dist/*-abi3-*.whl)[test]" && \
-	CONVNORM_REQUIRE_NATIVE=1 clean/bin/python -m pytest -q tests --long 1000 && \
+	CONVNORM_REQUIRE_NATIVE=1 clean/bin/python -m pytest -q tests --long 1000 --seed 1 && \
 	clean/bin/pip install -q --force-reinstall --no-deps $$here/dist/*-none-any.whl && \
-	clean/bin/python -m pytest -q tests --long 1000 && rm -rf $$away
+	clean/bin/python -m pytest -q tests --long 1000 --seed 1 && rm -rf $$away
 
 SANITIZERS = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g
 sanitize: $(VENV)/ready  ## the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -46,7 +46,7 @@ sanitize: $(VENV)/ready  ## the C++ kernels under AddressSanitizer and Undefined
 	away=$$(mktemp -d) && cp -r tests $$away && here=$$PWD && cd $$away && \
 	PYTHONPATH=$$here/build/sanitized CONVNORM_REQUIRE_NATIVE=1 ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	$$here/$(BIN)/python -m pytest -q -k native --long 2000 tests/test_values.py tests/test_sizes.py && rm -rf $$away
+	$$here/$(BIN)/python -m pytest -q -k native --long 2000 --seed 1 tests/test_values.py tests/test_sizes.py && rm -rf $$away
 
 gpu: $(VENV)/ready  ## with a GPU: all tests, the CUDA kernels under compute-sanitizer, the benchmarks
 	CONVNORM_REQUIRE_NATIVE=1 $(BIN)/python -m pytest

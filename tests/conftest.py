@@ -34,6 +34,10 @@ def pytest_report_header(config):
     return f"convnorm: --seed {config.option.seed}, {config.option.long or CASES} random cases, backends {served}"
 
 
+def pytest_terminal_summary(terminalreporter, config):
+    terminalreporter.write_line(f"convnorm: the random cases were those of --seed {config.option.seed}")  # also with -q
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """The matrices are small: threads would only wait for each other. ``test_threads`` takes as many as it needs."""
