@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import cache
 from pathlib import Path
 from types import TracebackType
 
@@ -13,6 +12,7 @@ import torch
 BACKENDS = ("native", "triton", "reference")  # the fastest first
 
 _chosen: str | None = None
+_serving: dict[str, str] = {}  # by device type, found at the first call after a choice
 _native_failure: str | None = None
 
 
@@ -47,14 +47,20 @@ def why_not(backend: str, device_type: str) -> str | None:
 
 def backend_for(device: torch.device) -> str:
     """The backend that serves a device: the one asked for with ``use_backend``, or the first that can."""
-    if _chosen is None or device.type == "meta":  # without values any backend gives the same
-        return _default(device.type)
-    if reason := why_not(_chosen, device.type):
-        raise RuntimeError(f"convnorm: backend {_chosen!r} cannot serve {device.type}: {reason}")
+    backend = _serving.get(device.type)
+    if backend is None:
+        backend = _serving[device.type] = _resolve(device.type)
+    return backend
+
+
+def _resolve(device_type: str) -> str:
+    if _chosen is None or device_type == "meta":  # without values any backend gives the same
+        return _default(device_type)
+    if reason := why_not(_chosen, device_type):
+        raise RuntimeError(f"convnorm: backend {_chosen!r} cannot serve {device_type}: {reason}")
     return _chosen
 
 
-@cache
 def _default(device_type: str) -> str:
     if device_type == "cpu":  # the interpreter of Triton is for tests: only when asked for
         return "reference" if why_not("native", "cpu") else "native"
@@ -75,6 +81,7 @@ class use_backend:
         if backend is not None and backend not in BACKENDS:
             raise ValueError(f"convnorm: backend {backend!r} must be one of {', '.join(BACKENDS)}")
         self._before, _chosen = _chosen, backend
+        _serving.clear()
 
     def __enter__(self) -> None:
         pass
@@ -82,6 +89,7 @@ class use_backend:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         global _chosen
         _chosen = self._before
+        _serving.clear()
 
 
 def backends() -> dict[str, dict[str, str]]:

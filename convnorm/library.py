@@ -16,7 +16,7 @@ elements:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -30,7 +30,7 @@ from .geometry import GeometryError, geometry
 from .kernels.triton_measure import measure_triton
 from .plan import layer_plan, read_plan
 from .reference import measure_reference, result_dtype
-from .winners import as_matrix, slice_index, slice_norm, window_counts
+from .winners import slice_norm, window_counts, winning_slice
 
 LAYER = (
     "int[1] stride, int[1] padding, SymInt[] in_shape, *, int[1]? dilation=None, int groups=1, "
@@ -68,32 +68,13 @@ def norms(weight: Tensor, *layer: Any, in_vmap: bool = False, **options: Any) ->
     return _norms([weight], plan_of(weight, *layer, **options), [], in_vmap)
 
 
-def norms_many(
-    weights: list[Tensor],
-    stride: list[list[int]],
-    padding: list[list[int]],
-    in_shape: list[list[int]],
-    *,
-    dilation: list[list[int]] | None = None,
-    groups: list[int] | None = None,
-    padding_mode: list[str] | None = None,
-    transposed: list[bool] | None = None,
-    output_padding: list[list[int]] | None = None,
-    in_vmap: bool = False,
-) -> tuple[Tensor, ...]:
+def norms_many(weights: list[Tensor], *sizes: list, in_vmap: bool = False, **options: list) -> tuple[Tensor, ...]:
     if not weights:
         raise GeometryError("convnorm: weights [] is empty")
-    columns = {"stride": stride, "padding": padding, "in_shape": in_shape, "dilation": dilation, "groups": groups}
-    columns |= {"padding_mode": padding_mode, "transposed": transposed, "output_padding": output_padding}
-    missing = {"groups": 1, "padding_mode": "zeros", "transposed": False}
-    for name, column in columns.items():
-        if column is None:
-            columns[name] = [missing.get(name)] * len(weights)
-        elif len(column) != len(weights):
-            raise GeometryError(f"convnorm: {name} has {len(column)} entries for {len(weights)} weights")
-    frozen = ([tuple(one) if isinstance(one, list) else one for one in column] for column in columns.values())
-    layers = zip((weight.shape for weight in weights), *frozen, strict=True)
-    return _norms(weights, [number for layer in layers for number in _plan(layer)], [len(weights)], in_vmap)
+    columns = zip(("stride", "padding", "in_shape"), sizes, strict=True)
+    frozen = tuple((name, _frozen(column)) for name, column in (*columns, *options.items()) if column is not None)
+    plan = _hashed(_network_plan, tuple([weight.shape for weight in weights]), frozen)
+    return _norms(weights, plan, [len(weights)], in_vmap)
 
 
 for public in (l1, linf, norms, norms_many):
@@ -117,19 +98,33 @@ def plan_of(
     spread = None if dilation is None else tuple(dilation)
     extra = None if output_padding is None else tuple(output_padding)
     layer = (tuple(stride), tuple(padding), tuple(in_shape), spread, groups, padding_mode, transposed, extra)
-    return _plan((weight.shape, *layer))
+    return _hashed(_layer_plan, weight.shape, *layer)
 
 
-def _plan(layer: tuple) -> tuple[int, ...]:
-    try:
-        return _cached_plan(layer)
-    except TypeError:  # symbolic sizes have no hash
-        return layer_plan(geometry(*layer)).numbers
+def _frozen(column: list) -> tuple:
+    return tuple([tuple(one) if isinstance(one, list) else one for one in column])
 
 
 @lru_cache(maxsize=4096)
-def _cached_plan(layer: tuple) -> tuple[int, ...]:
+def _layer_plan(*layer: Any) -> tuple[int, ...]:
     return layer_plan(geometry(*layer)).numbers
+
+
+@lru_cache(maxsize=256)
+def _network_plan(shapes: tuple, columns: tuple[tuple[str, tuple], ...]) -> list[int]:
+    for name, column in columns:
+        if len(column) != len(shapes):
+            raise GeometryError(f"convnorm: {name} has {len(column)} entries for {len(shapes)} weights")
+    layers = [{name: column[i] for name, column in columns} for i in range(len(shapes))]
+    plans = [layer_plan(geometry(shape, **layer)) for shape, layer in zip(shapes, layers, strict=True)]
+    return [number for plan in plans for number in plan.numbers]
+
+
+def _hashed(plan: Callable[..., Sequence[int]], *layers: Any) -> Sequence[int]:
+    try:
+        return plan(*layers)
+    except TypeError:  # symbolic sizes have no hash
+        return plan.__wrapped__(*layers)
 
 
 _MEASURE = {name: getattr(torch.ops.convnorm, f"measure_{name}").default for name in BACKENDS}
@@ -165,9 +160,8 @@ def _differentiable(
     sums = []
     for weight, layer, winner in zip(weights, read_plan(plan), winners.reshape(-1, 2), strict=True):
         column = of_columns != layer.transposed
-        part = as_matrix(weight, layer)[slice_index(weight, layer, winner, column)]
-        sums.append(slice_norm(part, layer, winner, column))
-    again = torch.stack(sums).to(values.dtype).reshape(values.shape)
+        sums.append(slice_norm(winning_slice(weight, layer, winner, column), layer, winner, column))
+    again = (torch.stack(sums).reshape(values.shape) if values.dim() else sums[0]).to(values.dtype)
     return torch.where(again.isfinite(), values + (again - again.detach()), again)
 
 

@@ -36,6 +36,14 @@ def slice_index(weight: Tensor, layer: LayerPlan, winner: Tensor, column: bool) 
     return (group, every, channel) if column else (group, channel, every)
 
 
+def winning_slice(weight: Tensor, layer: LayerPlan, winner: Tensor, column: bool) -> Tensor:
+    """[rows (or columns), *taps] of the channel that won; differentiable."""
+    if layer.groups == 1:  # the fast case of the same
+        dim = 1 if column else 0
+        return weight.index_select(dim, winner[:1]).squeeze(dim)
+    return as_matrix(weight, layer)[slice_index(weight, layer, winner, column)]
+
+
 def slice_norm(part: Tensor, layer: LayerPlan, winner: Tensor, column: bool) -> Tensor:
     """The norm once more, differentiable: from its winning slice ``part[rows (or columns), *taps]`` alone.
 
