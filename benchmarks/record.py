@@ -23,7 +23,7 @@ and of their gradient) to that of a bare read of the same weights, `weight.sum()
 blocks of equal length. The weights stay where they are from call to call: what fits into a cache is read from it. Only
 networks on a GPU go through sets of weights in rotation, more than its cache holds. `graph`: many calls replayed as one
 CUDA graph, and so is the bare read. `copy` is the ratio to reading the same bytes at the GPU's copy bandwidth. Budgets
-are those of convnorm's compiled backends (DESIGN.md, section 5). `eager` and `compiled` (by `torch.compile`) are the
+are what convnorm aims at for its compiled backends. `eager` and `compiled` (by `torch.compile`) are the
 paper's formula in PyTorch, which finds no winners."""
 
 

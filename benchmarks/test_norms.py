@@ -42,7 +42,7 @@ class Case:
 
     @property
     def budget(self) -> dict[str, float]:
-        """DESIGN.md, section 5, where it names this case."""
+        """What convnorm aims at for this case, where it has said so."""
         if self.direction == "backward" or self.contender not in ("native", "triton"):
             return {}
         if self.device == "cpu":

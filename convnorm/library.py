@@ -150,7 +150,7 @@ def _norms(
     hidden = in_vmap or forward_ad._current_level >= 0
     if hidden or (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
         return tuple(_differentiable(values[i], winners[..., i, :], weights, plan, i == L1) for i in wanted)
-    return tuple(values[i] for i in wanted)
+    return tuple([values[i] for i in wanted])
 
 
 def _differentiable(

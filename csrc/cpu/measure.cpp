@@ -102,7 +102,10 @@ Number number_of(ScalarType type) {
 // Lists the taps that count, and what of them is merged.
 void number_taps(Layer& layer) {
   std::vector<int64_t> number(layer.matrix.tap_offsets.size(), -1);
-  layer.merged = {0};
+  layer.taps.reserve(number.size());
+  layer.merged_of.reserve(number.size());
+  layer.merged.reserve(layer.plan->merged.size() + 1);
+  layer.merged.push_back(0);
   for (const auto& merged : layer.plan->merged) {
     for (int32_t tap : merged) {
       if (number[tap] < 0) {
