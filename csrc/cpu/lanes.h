@@ -68,6 +68,9 @@ inline Floats load_absolute(const Half* from) {
   return (Floats)((denormal & is_denormal) | (special & is_special) | (normal & ~(is_denormal | is_special)));
 }
 
+// Loops over a constant few: only once they are unrolled do their vectors stay in registers.
+#define CONVNORM_UNROLL _Pragma("GCC unroll 16")
+
 template <class Sum>
 struct Lanes {
   using Vector = typename Native<Sum>::type;
@@ -75,24 +78,25 @@ struct Lanes {
   static constexpr int kVectors = kLanes / kPerVector;
   Vector part[kVectors];
 
-  static inline Lanes zero() { return Lanes{}; }
-
   static inline Lanes load(const Sum* from) {
     Lanes lanes;
-    std::memcpy(&lanes, from, sizeof lanes);
+    CONVNORM_UNROLL for (int i = 0; i < kVectors; ++i)
+        std::memcpy(&lanes.part[i], from + i * kPerVector, sizeof(Vector));
     return lanes;
   }
-  inline void store(Sum* to) const { std::memcpy(to, this, sizeof *this); }
+  inline void store(Sum* to) const {
+    CONVNORM_UNROLL for (int i = 0; i < kVectors; ++i) std::memcpy(to + i * kPerVector, &part[i], sizeof(Vector));
+  }
 
   template <class Weight>
   static inline Lanes absolutes(const Weight* from) {
     Lanes lanes;
-    for (int i = 0; i < kVectors; ++i) lanes.part[i] = load_absolute(from + i * kPerVector);
+    CONVNORM_UNROLL for (int i = 0; i < kVectors; ++i) lanes.part[i] = load_absolute(from + i * kPerVector);
     return lanes;
   }
 
   inline Lanes& operator+=(const Lanes& other) {
-    for (int i = 0; i < kVectors; ++i) part[i] += other.part[i];
+    CONVNORM_UNROLL for (int i = 0; i < kVectors; ++i) part[i] += other.part[i];
     return *this;
   }
 
