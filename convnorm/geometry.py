@@ -26,6 +26,7 @@ from functools import lru_cache
 
 import numpy as np
 
+MOST_ENTRIES = 1 << 26  # of the table that an axis's windows are found in: some gigabytes
 PADDING_MODES = ("zeros", "circular", "replicate", "reflect")
 
 
@@ -169,7 +170,11 @@ def _shorten(n: int, taps: int, stride: int, before: int, after: int, dilation: 
     Under ``torch.compile`` ``n`` may be symbolic: then this guards only on "large, with this remainder".
     """
     enough = 2 * (before + after + dilation * (taps - 1) + stride + 1)
-    return int(enough + (n - enough) % stride if n > enough else n)
+    short = int(enough + (n - enough) % stride if n > enough else n)
+    if short * taps > MOST_ENTRIES:
+        sizes = f"stride {stride}, padding {(before, after)} and dilation {dilation}"
+        _refuse("in_shape", int(n), f"needs windows of {short} inputs by {taps} taps at {sizes}: too large a table")
+    return short
 
 
 def geometry(

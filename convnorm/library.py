@@ -52,8 +52,7 @@ lib.define("window_counts(Tensor winner, int[] plan, bool column) -> Tensor")
 for name in BACKENDS:
     lib.define(f"measure_{name}" + MEASURE)
 
-
-L1, LINF = 0, 1
+L1, LINF = 0, 1  # in the order of MEASURE
 
 
 def l1(weight: Tensor, *layer: Any, in_vmap: bool = False, **options: Any) -> Tensor:
@@ -77,6 +76,7 @@ def norms_many(weights: list[Tensor], *sizes: list, in_vmap: bool = False, **opt
     return _norms(weights, plan, [len(weights)], in_vmap)
 
 
+# Composite: autograd, vmap and tracing see the operators that these are made of, not these.
 for public in (l1, linf, norms, norms_many):
     lib.impl(public.__name__, public, "CompositeImplicitAutograd")
     lib.impl(public.__name__, partial(public, in_vmap=True), "FuncTorchBatched")
@@ -111,13 +111,13 @@ def _layer_plan(*layer: Any) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=256)
-def _network_plan(shapes: tuple, columns: tuple[tuple[str, tuple], ...]) -> list[int]:
+def _network_plan(shapes: tuple, columns: tuple[tuple[str, tuple], ...]) -> tuple[int, ...]:
     for name, column in columns:
         if len(column) != len(shapes):
             raise GeometryError(f"convnorm: {name} has {len(column)} entries for {len(shapes)} weights")
     layers = [{name: column[i] for name, column in columns} for i in range(len(shapes))]
     plans = [layer_plan(geometry(shape, **layer)) for shape, layer in zip(shapes, layers, strict=True)]
-    return [number for plan in plans for number in plan.numbers]
+    return tuple(number for plan in plans for number in plan.numbers)
 
 
 def _hashed(plan: Callable[..., Sequence[int]], *layers: Any) -> Sequence[int]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from convnorm.geometry import _shorten as shorten
-from convnorm.geometry import axis_windows, geometry, out_size
+from convnorm.geometry import GeometryError, axis_windows, geometry, out_size
 from convnorm.plan import layer_plan, read_plan
 
 AXIS = ("n", "taps", "stride", "before", "after", "dilation", "mode")
@@ -181,3 +181,9 @@ def test_a_plan_lists_merged_taps_only_where_there_are_any():
     assert plain.numbers == (1, 0, 1, 3, 0, 1, 3, 0, 1, 2, 1, 3, 0, 1, 2)
     (axis,) = layer_plan(geometry((1, 1, 3), (1,), (1,), (8,), padding_mode="replicate")).axes
     assert axis.merged == ((0,), (1,), (2,), (0, 1), (1, 2))
+
+
+def test_tables_past_all_memory_are_refused():
+    for size, stride, dilation in ((10**11, 10**10, 1), (10**11, 1, 10**10), (10**9, 10**9, 1)):
+        with pytest.raises(GeometryError, match=f"in_shape {size} .*stride {stride}.*too large"):
+            geometry((1, 1, 3), (stride,), (0,), (size,), dilation=(dilation,))
