@@ -11,8 +11,8 @@ import oracle
 import pytest
 import torch
 
-from convnorm.geometry import _shorten as shorten
 from convnorm.geometry import GeometryError, axis_windows, geometry, out_size
+from convnorm.geometry import _shorten as shorten
 from convnorm.plan import layer_plan, read_plan
 
 AXIS = ("n", "taps", "stride", "before", "after", "dilation", "mode")
