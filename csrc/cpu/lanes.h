@@ -26,7 +26,6 @@ struct Native {
 };
 
 // The integers of a vector of floats, and half as wide vectors of sixteen bits, for what is done on the bits.
-constexpr int kFloats = CONVNORM_VECTOR_BYTES / 4;
 typedef uint32_t Bits __attribute__((vector_size(CONVNORM_VECTOR_BYTES)));
 typedef uint64_t WideBits __attribute__((vector_size(CONVNORM_VECTOR_BYTES)));
 typedef uint16_t Narrow __attribute__((vector_size(CONVNORM_VECTOR_BYTES / 2)));
