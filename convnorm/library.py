@@ -12,6 +12,14 @@ elements:
 
     l1[*shape], linf[*shape]    the norms
     winners[*shape, 2, 2]       for the l1, then the linf norm: the channel that won, and which of its windows
+
+and likewise one of three for a step of norm decay, ``decay_native`` ..., of the schema ``DECAY``. It measures one norm
+of every layer into ``norms[N]`` and ``winners[N, 2]`` (or takes it from there, if it is ``measured``), writes the
+subgradients down as the newest term of their moving averages h, and adds to each gradient
+
+    grads[l] += rates[l] h_l
+
+but for the gradients that have no elements, of layers that got none. ``momentum.Momentum`` says what the state is.
 """
 
 from __future__ import annotations
@@ -27,7 +35,9 @@ from torch.library import Library, register_fake, register_vmap
 
 from .backends import BACKENDS, backend_for, load_native
 from .geometry import GeometryError, geometry
+from .kernels.triton_decay import decay_triton
 from .kernels.triton_measure import measure_triton
+from .momentum import Momentum, decay_reference
 from .plan import layer_plan, read_plan
 from .reference import measure_reference, result_dtype
 from .winners import slice_norm, window_counts, winning_slice
@@ -41,6 +51,10 @@ LAYERS = (
     "str[]? padding_mode=None, bool[]? transposed=None, int[][]? output_padding=None"
 )
 MEASURE = "(Tensor[] weights, int[] plan, int[] shape) -> (Tensor l1, Tensor linf, Tensor winners)"
+DECAY = (
+    "(Tensor[] weights, Tensor(a!)[] grads, Tensor(b!) norms, Tensor(c!) winners, Tensor(d!) signs, "
+    "Tensor(e!) channels, Tensor(f!) clock, Tensor rates, float momentum, int[] plan, bool linf, bool measured) -> ()"
+)
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 lib = Library("convnorm", "DEF")
@@ -51,6 +65,7 @@ lib.define(f"norms_many(Tensor[] weights, {LAYERS}) -> (Tensor l1s, Tensor linfs
 lib.define("window_counts(Tensor winner, int[] plan, bool column) -> Tensor")
 for name in BACKENDS:
     lib.define(f"measure_{name}" + MEASURE)
+    lib.define(f"decay_{name}" + DECAY)
 
 L1, LINF = 0, 1  # in the order of MEASURE
 
@@ -127,11 +142,32 @@ def _hashed(plan: Callable[..., Sequence[int]], *layers: Any) -> Sequence[int]:
         return plan.__wrapped__(*layers)
 
 
-_MEASURE = {name: getattr(torch.ops.convnorm, f"measure_{name}").default for name in BACKENDS}
+_MEASURE, _DECAY = (
+    {name: getattr(torch.ops.convnorm, f"{what}_{name}").default for name in BACKENDS} for what in ("measure", "decay")
+)
 
 
 def read(weights: Sequence[Tensor], plan: Sequence[int], shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Read the weights once: their norms and the winners, by the backend that serves their device. No gradients."""
+    return _MEASURE[backend_for(_device_of(weights))](weights, plan, shape)
+
+
+def decay(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    state: Momentum,
+    rates: Tensor,
+    momentum: float,
+    plan: Sequence[int],
+    linf: bool,
+    measured: bool = False,
+) -> None:
+    """One step of norm decay, by the backend that serves the weights' device."""
+    serve = _DECAY[backend_for(_device_of(weights))]
+    serve(weights, grads, *state.tensors(), rates, momentum, plan, linf, measured)
+
+
+def _device_of(weights: Sequence[Tensor]) -> torch.device:
     device = weights[0].device
     for weight in weights:
         if weight.dtype not in DTYPES or weight.layout is not torch.strided:
@@ -139,7 +175,7 @@ def read(weights: Sequence[Tensor], plan: Sequence[int], shape: Sequence[int]) -
             raise GeometryError(f"convnorm: weight of {what} must be strided, of float64, float32, float16 or bfloat16")
         if weight.device != device:
             raise GeometryError(f"convnorm: weights on {device} and {weight.device} must be on one device")
-    return _MEASURE[backend_for(device)](weights, plan, shape)
+    return device
 
 
 def _norms(
@@ -165,10 +201,11 @@ def _differentiable(
     return torch.where(again.isfinite(), values + (again - again.detach()), again)
 
 
-for kernel in (measure_reference, measure_triton, window_counts):
+for kernel in (measure_reference, measure_triton, decay_reference, decay_triton, window_counts):
     lib.impl(kernel.__name__, torch.no_grad()(kernel), "CompositeExplicitAutograd")
 load_native()
-for opaque in ("window_counts", *(f"measure_{name}" for name in BACKENDS)):  # not differentiable: pass autograd by
+OPAQUE = ("window_counts", *(f"{what}_{name}" for what in ("measure", "decay") for name in BACKENDS))
+for opaque in OPAQUE:  # not differentiable: pass autograd by
     lib.impl(opaque, torch.library.fallthrough_kernel, "Autograd")
 
 
@@ -190,6 +227,7 @@ def _vmap_measure(name: str) -> None:
 
 for name in BACKENDS:
     register_fake(f"convnorm::measure_{name}", _fake_measure, lib=lib)
+    register_fake(f"convnorm::decay_{name}", lambda *arguments: None, lib=lib)
     _vmap_measure(f"measure_{name}")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import library
 from .geometry import Axis, GeometryError
 from .layers import Layer, as_layer
-from .winners import as_matrix, merge_taps, slice_index, slice_norm
+from .winners import as_matrix, merge_taps, slice_index, slice_subgradient
 
 
 class Norms:
@@ -97,10 +97,9 @@ def subgradient(
         raise ValueError(f"convnorm: layout {layout!r} must be 'sparse' or 'dense'")
     one = _with_values(as_layer(layer, in_shape, **options))
     winner, column = _winner(one, ord)
-    index = slice_index(one.weight, one.plan, winner, column)
-    with torch.inference_mode(False), torch.enable_grad():
-        part = as_matrix(one.weight.detach(), one.plan)[index].requires_grad_()
-        (values,) = torch.autograd.grad(slice_norm(part, one.plan, winner, column), part)
+    index = slice_index(one.weight, one.plan, winner[:1], column)
+    part = as_matrix(one.weight.detach(), one.plan)[index]
+    values = slice_subgradient(part, one.plan, winner, column).to(part.dtype)
     if layout == "dense":
         dense = torch.zeros_like(one.weight, requires_grad=False)
         as_matrix(dense, one.plan).index_put_(index, values)

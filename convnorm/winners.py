@@ -27,12 +27,14 @@ def merge_taps(kernel: Tensor, axes: Sequence[AxisPlan]) -> Tensor:
     return kernel
 
 
-def slice_index(weight: Tensor, layer: LayerPlan, winner: Tensor, column: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the winning column (or row) stands in ``as_matrix(weight)``, found without anything leaving the device."""
+def slice_index(weight: Tensor, layer: LayerPlan, channel: Tensor, column: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the column (or row) of a ``channel[..., 1]`` stands in ``as_matrix(weight)``, found without anything
+    leaving the device.
+    """
     _, rows, columns, *_ = as_matrix(weight, layer).shape
     every = torch.arange(rows if column else columns, device=weight.device)
     channels = columns if column else rows
-    group, channel = winner[:1] // channels, winner[:1] % channels
+    group, channel = channel // channels, channel % channels
     return (group, every, channel) if column else (group, channel, every)
 
 
@@ -41,7 +43,7 @@ def winning_slice(weight: Tensor, layer: LayerPlan, winner: Tensor, column: bool
     if layer.groups == 1:  # the fast case of the same
         dim = 1 if column else 0
         return weight.index_select(dim, winner[:1]).squeeze(dim)
-    return as_matrix(weight, layer)[slice_index(weight, layer, winner, column)]
+    return as_matrix(weight, layer)[slice_index(weight, layer, winner[:1], column)]
 
 
 def slice_norm(part: Tensor, layer: LayerPlan, winner: Tensor, column: bool) -> Tensor:
@@ -56,6 +58,23 @@ def slice_norm(part: Tensor, layer: LayerPlan, winner: Tensor, column: bool) -> 
         return kernel.abs().sum()
     counts = torch.ops.convnorm.window_counts(winner, layer.numbers, column).to(kernel.dtype)
     return torch.where(counts > 0, kernel.abs() * counts, 0).sum()
+
+
+def slice_subgradient(part: Tensor, layer: LayerPlan, winner: Tensor, column: bool) -> Tensor:
+    """[rows (or columns), *taps] of integers: the gradient of ``slice_norm``, sign(part') u carried back through the
+    merged taps. 0 where an element is 0 or NaN.
+    """
+    signs = merge_taps(part, layer.axes).sign().nan_to_num(0)
+    if not layer.sees_all(column):
+        signs = signs * window_counts(winner, layer.numbers, column).to(signs.dtype)
+    for dim, axis in enumerate(layer.axes, signs.dim() - len(layer.axes)):
+        if axis.merged:
+            taps = signs.new_zeros(*signs.shape[:dim], axis.taps, *signs.shape[dim + 1 :])
+            for merged, its_taps in enumerate(axis.merged):
+                for tap in its_taps:
+                    taps.select(dim, tap).add_(signs.select(dim, merged))
+            signs = taps
+    return signs
 
 
 def window_counts(winner: Tensor, plan: Sequence[int], column: bool) -> Tensor:

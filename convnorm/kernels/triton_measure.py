@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..reference import result_dtype
-from .triton_schedule import CHANNELS, ROWS, SEGMENT, TERMS, WIDE, Layout, Schedule, schedules
+from .triton_schedule import CHANNELS, ROWS, SEGMENT, TERMS, WIDE, Layout, schedules
 
 
 def measure_triton(
@@ -37,12 +37,12 @@ def measure_triton(
 
     device = weights[0].device
     layouts = tuple(Layout(w.dtype, w.shape, w.stride(), w.data_ptr() % 16 == 0) for w in weights)
-    addresses = _addresses(device, tuple(w.data_ptr() for w in weights))
+    addresses = addresses_of(weights)
     l1 = torch.empty(shape, dtype=result_dtype(weights), device=device)
     linf = torch.empty_like(l1)
     winners = torch.empty(*shape, 2, 2, dtype=torch.int64, device=device)
     for schedule in schedules(device, tuple(plan), layouts):
-        _keep_while_captured(schedule, addresses)
+        keep_while_captured(schedule, addresses)
         wide = schedule.dtype == torch.float64
         tables = torch.empty(schedule.table_size, dtype=torch.float64 if wide else torch.float32, device=device)
         tiles, blocks = len(schedule.tile_owners), len(schedule.block_owners)
@@ -63,15 +63,19 @@ def measure_triton(
     return l1, linf, winners
 
 
+def addresses_of(weights: Sequence[Tensor]) -> Tensor:
+    return _addresses(weights[0].device, tuple(w.data_ptr() for w in weights))
+
+
 @lru_cache(maxsize=256)
 def _addresses(device: torch.device, addresses: tuple[int, ...]) -> Tensor:
     return torch.tensor(addresses, dtype=torch.int64, device=device)
 
 
-_captured: list[object] = []
+_captured: list[tuple] = []
 
 
-def _keep_while_captured(schedule: Schedule, addresses: Tensor) -> None:
+def keep_while_captured(schedule: tuple, addresses: Tensor) -> None:
     """A CUDA graph reads what it captured at every replay, so that may not leave with the caches."""
     if addresses.is_cuda and torch.cuda.is_current_stream_capturing():
         _captured.append((schedule, addresses))

@@ -108,11 +108,20 @@ def schedules(device: torch.device, plan: tuple[int, ...], layouts: tuple[Layout
     return tuple(schedules)
 
 
+class Pool(list[int]):
+    """The lists that records point to, one after another."""
+
+    def put(self, numbers: Sequence[int]) -> int:
+        """The position of a list among the records."""
+        self += numbers
+        return len(self) - len(numbers)
+
+
 class Records:
     """The records of the layers, and the lists that they point to."""
 
     def __init__(self) -> None:
-        self.lists: list[int] = []
+        self.lists = Pool()
         self.layers: list[TiledLayer] = []
         self.jobs: list[Job] = []
         self.table_size = 0
@@ -142,9 +151,9 @@ class Records:
         """Choose how to read a layer, in tiles or, where its groups are small, in the second launch alone."""
         groups, rows, channels = layer.groups, layout.shape[0] // layer.groups, layout.shape[1]
         row_stride, channel_stride, *tap_strides = layout.stride
-        entries = _entries(layer.axes, tap_strides)
-        inputs = _windows(layer.axes, [axis.inputs for axis in layer.axes])
-        outputs = _windows(layer.axes, [axis.outputs for axis in layer.axes])
+        entries = entry_offsets(layer.axes, tap_strides)
+        inputs = window_entries(layer.axes, [axis.inputs for axis in layer.axes])
+        outputs = window_entries(layer.axes, [axis.outputs for axis in layer.axes])
         norm = int(layer.transposed)  # of the columns
         add_columns = partial(self._norm, index, norm, channels=groups * channels, per_group=channels)
         add_rows = partial(self._norm, index, 1 - norm, channels=groups * rows, per_group=rows)
@@ -181,10 +190,10 @@ class Records:
                 channel_stride=channel_stride,
                 entries=len(entries),
                 divisor=entry_step,
-                taps_each=_longest(entries),
-                taps=self._list(_padded(entries)),
+                taps_each=longest(entries),
+                taps=self.lists.put(padded(entries)),
                 windows=len(outputs),
-                counts=-1 if all_once else self._list(_counts(outputs, len(entries))),
+                counts=-1 if all_once else self.lists.put(entry_counts(outputs, len(entries))),
                 column_table=column_table,
                 row_table=row_table,
                 weight=index,
@@ -213,30 +222,25 @@ class Records:
                 windows=len(windows),
                 channels=channels,
                 terms=len(terms),
-                taps_each=_longest(terms),
-                taps=self._list(_padded(terms)),
+                taps_each=longest(terms),
+                taps=self.lists.put(padded(terms)),
                 **place,
             )
             self.jobs.append(job)
-
-    def _list(self, numbers: Sequence[int]) -> int:
-        """The position of a list among the records."""
-        self.lists += numbers
-        return len(self.lists) - len(numbers)
 
 
 def _programs(records: Sequence[TiledLayer] | Sequence[Job]) -> int:
     return records[-1][0] + records[-1].programs if records else 0
 
 
-def _entries(axes: Sequence[AxisPlan], tap_strides: Sequence[int]) -> list[Offsets]:
+def entry_offsets(axes: Sequence[AxisPlan], tap_strides: Sequence[int]) -> list[Offsets]:
     """For each merged tap of all axes together the offsets in memory of its taps."""
     merged = [axis.merged or tuple((tap,) for tap in range(axis.taps)) for axis in axes]
     offsets = [[[tap * step for tap in taps] for taps in one] for one, step in zip(merged, tap_strides, strict=True)]
     return [tuple(sum(taps) for taps in product(*choice)) for choice in product(*offsets)]
 
 
-def _windows(axes: Sequence[AxisPlan], windows: Sequence[Lists]) -> list[Offsets]:
+def window_entries(axes: Sequence[AxisPlan], windows: Sequence[Lists]) -> list[Offsets]:
     """The products of the windows of the axes, the last axis fastest, as the other backends number them."""
     steps = [prod(axis.merged_taps for axis in axes[i + 1 :]) for i in range(len(axes))]
     scaled = [[[a * step for a in window] for window in one] for one, step in zip(windows, steps, strict=True)]
@@ -261,16 +265,16 @@ def _dense_steps(
     return None
 
 
-def _longest(lists: Sequence[Offsets]) -> int:
+def longest(lists: Sequence[Offsets]) -> int:
     return max(map(len, lists), default=1)
 
 
-def _padded(lists: Sequence[Offsets]) -> list[int]:
-    width = _longest(lists)
+def padded(lists: Sequence[Offsets]) -> list[int]:
+    width = longest(lists)
     return [i for one in lists for i in (*one, *[-1] * (width - len(one)))]
 
 
-def _counts(windows: Sequence[Offsets], entries: int) -> list[int]:
+def entry_counts(windows: Sequence[Offsets], entries: int) -> list[int]:
     counts = [0] * (len(windows) * entries)
     for i, window in enumerate(windows):
         for entry in window:

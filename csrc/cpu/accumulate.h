@@ -10,14 +10,17 @@ inline int64_t padded(int64_t length) {
   return (length + kPadding - 1) / kPadding * kPadding;
 }
 
+// Rows are read so many side by side: blocks are whole multiples of them.
+constexpr int kRowsAtOnce = 12;
+
 // A sum in float loses up to one rounding an addition. So no more than kMostRows rows are added to one float, then
 // doubles take over: 8e-6 relative at worst. Along a row likewise.
-constexpr int64_t kMostRows = 128;
+constexpr int64_t kMostRows = 120;
 
 enum class Number { kFloat, kDouble, kHalf, kBFloat16, kCount };
 
 // Rows whose entries are one stretch of memory. Their sums are taken over `segments` equal parts of it, or, where
-// `period` is more than 1, over every period-th entry.
+// `period` is more than 1, over every period-th entry. With period 1 either sums may be left out: null.
 struct DenseBlock {
   const void* data;
   int64_t rows, row_stride, length, segments, period;
@@ -36,11 +39,20 @@ struct GeneralBlock {
   double* row_sums;            // [rows][merged_taps]; added to
 };
 
+// The sum of a few terms of small integers, each times its coefficient: sum[i] = sum_t coefficients[t] * terms[t][i]
+struct TermSum {
+  const void* const* terms;  // int8_t or int32_t [length]
+  const double* coefficients;
+  int64_t count, length;
+  void* sum;  // float or double [padded(length)]
+};
+
 // Sum is double for double weights and wherever taps are merged, for what is merged may cancel; else float.
 struct Kernels {
   void (*dense[static_cast<int>(Number::kCount)])(const DenseBlock&);         // period 1
   void (*interleaved[static_cast<int>(Number::kCount)])(const DenseBlock&);   // segments 1
   void (*general[static_cast<int>(Number::kCount)][2])(const GeneralBlock&);  // [..][Sum is double]
+  void (*sum_terms[2][2])(const TermSum&);                                    // [terms of int32_t][sum in double]
   void (*combine_floats)(const float* tables, int64_t count, int64_t length, double* total);
   void (*combine_doubles)(const double* tables, int64_t count, int64_t length, double* total);
 };

@@ -12,6 +12,11 @@
 namespace {
 
 constexpr int kLanes = 16;
+#if defined(__x86_64__)
+constexpr int kRegisters = CONVNORM_VECTOR_BYTES == 64 ? 32 : 16;
+#else
+constexpr int kRegisters = 32;
+#endif
 
 struct Half {
   uint16_t bits;
@@ -67,6 +72,26 @@ inline Floats load_absolute(const Half* from) {
   return (Floats)((denormal & is_denormal) | (special & is_special) | (normal & ~(is_denormal | is_special)));
 }
 
+template <class Integer, int kCount>
+struct Integers {
+  typedef Integer type __attribute__((vector_size(kCount * sizeof(Integer))));
+};
+
+template <int kCount>
+inline typename Integers<int32_t, kCount>::type load_integers(const int32_t* from) {
+  typename Integers<int32_t, kCount>::type integers;
+  std::memcpy(&integers, from, sizeof integers);
+  return integers;
+}
+
+template <int kCount>
+inline typename Integers<int32_t, kCount>::type load_integers(const int8_t* from) {
+  typename Integers<int8_t, kCount>::type bytes;
+  std::memcpy(&bytes, from, sizeof bytes);
+  const auto wider = __builtin_convertvector(bytes, typename Integers<int16_t, kCount>::type);
+  return __builtin_convertvector(wider, typename Integers<int32_t, kCount>::type);
+}
+
 // Loops over a constant few: only once they are unrolled do their vectors stay in registers.
 #define CONVNORM_UNROLL _Pragma("GCC unroll 16")
 
@@ -91,6 +116,15 @@ struct Lanes {
   static inline Lanes absolutes(const Weight* from) {
     Lanes lanes;
     CONVNORM_UNROLL for (int i = 0; i < kVectors; ++i) lanes.part[i] = load_absolute(from + i * kPerVector);
+    return lanes;
+  }
+
+  // factor times small integers, widened in steps of two: a longer step compilers take element by element
+  template <class Term>
+  static inline Lanes products(Sum factor, const Term* terms) {
+    Lanes lanes;
+    CONVNORM_UNROLL for (int i = 0; i < kVectors; ++i) lanes.part[i] =
+        factor * __builtin_convertvector(load_integers<kPerVector>(terms + i * kPerVector), Vector);
     return lanes;
   }
 

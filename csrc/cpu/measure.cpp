@@ -2,12 +2,13 @@
 //
 // The cut depends on the layers alone and every sum has one fixed order, so the result is the same to the last bit
 // whatever the number of threads.
+#include "measure.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <memory>
 #include <new>
 #include <tuple>
@@ -20,17 +21,7 @@ namespace {
 
 constexpr int64_t kBlockElements = 1 << 18;     // a megabyte of floats: worth handing to a thread
 constexpr int64_t kParallelElements = 1 << 15;  // with fewer, as in PyTorch, one thread is faster
-constexpr int64_t kLeastRows = 32;              // a block writes no more than a 32nd of what it reads
-
-struct Best {
-  double value = -1;
-  int64_t channel = 0, window = 0;
-
-  // Channels and windows are offered in order: the first of equals stays, and NaN beats every number.
-  void offer(const Best& other) {
-    if (other.value > value || (std::isnan(other.value) && !std::isnan(value))) *this = other;
-  }
-};
+constexpr int64_t kLeastRows = 36;              // a block writes no more than a 36th of what it reads
 
 // Memory that begins with a line of the cache, so that no vector straddles two.
 template <class Sum>
@@ -56,10 +47,11 @@ struct Layer {
   Matrix matrix;
   const LayerPlan* plan;
   Number number;
-  bool dense;       // see DenseBlock
-  bool wide;        // sums in double
-  bool whole_rows;  // every output reads every tap: a row has one sum
-  bool depthwise;   // a 1x1 matrix for each group: taken as one row, whose columns are the groups
+  bool dense;                    // see DenseBlock
+  bool wide;                     // sums in double
+  bool whole_rows;               // every output reads every tap: a row has one sum
+  bool depthwise;                // a 1x1 matrix for each group: taken as one row, whose columns are the groups
+  bool sums_columns, sums_rows;  // what is not asked for is left out where that saves time
   int64_t segments, period;
   std::vector<int64_t> taps;               // the offsets of those taps that count
   std::vector<int64_t> merged, merged_of;  // see GeneralBlock
@@ -118,7 +110,7 @@ void number_taps(Layer& layer) {
   }
 }
 
-Layer make_layer(const Tensor& weight, const LayerPlan& plan) {
+Layer make_layer(const Tensor& weight, const LayerPlan& plan, Norms norms) {
   Layer layer{};
   Matrix& matrix = layer.matrix = as_matrix(weight, plan);
   layer.plan = &plan;
@@ -135,9 +127,12 @@ Layer make_layer(const Tensor& weight, const LayerPlan& plan) {
       !layer.depthwise && !plan.merges && matrix.dense_rows && (layer.whole_rows || taps_apart || taps_together);
   layer.segments = layer.dense && !layer.whole_rows && taps_apart ? matrix.taps : 1;
   layer.period = layer.dense && !layer.whole_rows && !taps_apart ? matrix.taps : 1;
+  const bool both = !layer.dense || layer.period > 1 || norms == Norms::kBoth;
+  layer.sums_columns = both || (norms == Norms::kL1) != plan.transposed;
+  layer.sums_rows = both || !layer.sums_columns;
   number_taps(layer);
   const int64_t rows = kBlockElements / std::max<int64_t>(matrix.row_length(), 1);
-  layer.rows_per_block = std::min(std::clamp(rows, kLeastRows, kMostRows), matrix.rows);
+  layer.rows_per_block = std::min(std::clamp(rows / kRowsAtOnce * kRowsAtOnce, kLeastRows, kMostRows), matrix.rows);
   layer.blocks_per_group = (matrix.rows + layer.rows_per_block - 1) / layer.rows_per_block;
   layer.groups_per_item = std::max<int64_t>(1, kBlockElements / (matrix.rows * matrix.row_length()));
   return layer;
@@ -201,20 +196,21 @@ void accumulate(const Layer& layer, int64_t group, int64_t row, int64_t rows, vo
 template <class Sum>
 void run(Item& item, Sum* scratch) {
   const Layer& layer = *item.layer;
-  const int64_t length = layer.table_length();
+  const int64_t columns = layer.sums_columns ? layer.table_length() : 0;
+  const int64_t rows = layer.sums_rows ? item.rows * layer.row_step() : 0;
   thread_local Table<Sum> own_memory;
   thread_local Table<double> row_memory;
-  double* row_sums = row_memory.of_length(item.rows * layer.row_step());
-  Sum* own_table = item.table < 0 ? own_memory.of_length(length) : nullptr;
+  Sum* own_table = item.table < 0 ? own_memory.of_length(columns) : nullptr;
+  double* row_sums = layer.sums_rows ? row_memory.of_length(rows) : nullptr;
   for (int64_t group = item.group; group < item.group + item.groups; ++group) {
-    Sum* table = own_table ? own_table : scratch + item.table;
-    std::fill(table, table + length, Sum(0));
-    std::fill(row_sums, row_sums + item.rows * layer.row_step(), 0.0);
+    Sum* table = !layer.sums_columns ? nullptr : item.table < 0 ? own_table : scratch + item.table;
+    std::fill(table, table + columns, Sum(0));
+    std::fill(row_sums, row_sums + rows, 0.0);
     accumulate(layer, group, item.row, item.rows, table, row_sums);
-    if (item.table < 0) item.column.offer(best_column(layer, layer.plan->inputs, table, group));
+    if (layer.sums_columns && item.table < 0) item.column.offer(best_column(layer, layer.plan->inputs, table, group));
     if (layer.depthwise)
       item.row_best.offer(best_column(layer, layer.plan->outputs, table, group));
-    else
+    else if (layer.sums_rows)
       item.row_best.offer(best_row(layer, row_sums, group * layer.matrix.rows + item.row, item.rows));
   }
 }
@@ -249,34 +245,16 @@ void for_each_item(std::vector<Item>& items, bool parallel, const Work& work) {
     take(0, 1);
 }
 
-void write(const Result& result, size_t i, const Layer& layer) {
-  const Best& l1 = layer.plan->transposed ? layer.best_row : layer.best_column;
-  const Best& linf = layer.plan->transposed ? layer.best_column : layer.best_row;
-  if (result.l1.scalar_type() == ScalarType::Double) {
-    static_cast<double*>(result.l1.mutable_data_ptr())[i] = l1.value;
-    static_cast<double*>(result.linf.mutable_data_ptr())[i] = linf.value;
-  } else {
-    static_cast<float*>(result.l1.mutable_data_ptr())[i] = static_cast<float>(l1.value);
-    static_cast<float*>(result.linf.mutable_data_ptr())[i] = static_cast<float>(linf.value);
-  }
-  int64_t* winners = static_cast<int64_t*>(result.winners.mutable_data_ptr()) + 4 * i;
-  winners[0] = l1.channel;
-  winners[1] = l1.window;
-  winners[2] = linf.channel;
-  winners[3] = linf.window;
-}
+}  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> measure_cpu(std::vector<Tensor> weights, std::vector<int64_t> numbers,
-                                               std::vector<int64_t> shape) {
-  const auto plan = read_plan(numbers);
-  const Result result = new_result(weights, *plan, shape);
+std::vector<LayerNorms> measure(const std::vector<Tensor>& weights, const Plan& plan, Norms norms) {
   std::vector<Layer> layers;
   std::vector<Item> items;
   layers.reserve(weights.size());
   int64_t elements = 0, floats = 0, doubles = 0;  // the last two: of tables of partial sums
   bool partial = false;
   for (size_t i = 0; i < weights.size(); ++i) {
-    layers.push_back(make_layer(weights[i], (*plan)[i]));
+    layers.push_back(make_layer(weights[i], plan[i], norms));
     Layer& layer = layers.back();
     const Matrix& matrix = layer.matrix;
     elements += matrix.groups * matrix.rows * matrix.row_length();
@@ -290,7 +268,7 @@ std::tuple<Tensor, Tensor, Tensor> measure_cpu(std::vector<Tensor> weights, std:
     for (int64_t g = 0; g < matrix.groups; ++g)
       for (int64_t r = 0; r < matrix.rows; r += layer.rows_per_block) {
         items.push_back({&layer, g, 1, r, std::min(layer.rows_per_block, matrix.rows - r), end});
-        end += layer.table_length();
+        if (layer.sums_columns) end += layer.table_length();
       }
   }
 
@@ -304,14 +282,44 @@ std::tuple<Tensor, Tensor, Tensor> measure_cpu(std::vector<Tensor> weights, std:
                 [&](Item& item) { item.layer->wide ? run(item, double_tables) : run(item, float_tables); });
   if (partial)
     for_each_item(items, parallel, [&](Item& item) {
-      if (item.table < 0 || item.row > 0) return;
+      if (item.table < 0 || item.row > 0 || !item.layer->sums_columns) return;
       item.column = item.layer->wide ? best_of_blocks(item, double_tables) : best_of_blocks(item, float_tables);
     });
   for (const Item& item : items) {
     if (item.table < 0 || item.row == 0) item.layer->best_column.offer(item.column);
     item.layer->best_row.offer(item.row_best);
   }
-  for (size_t i = 0; i < layers.size(); ++i) write(result, i, layers[i]);
+  std::vector<LayerNorms> measured;
+  measured.reserve(layers.size());
+  for (const Layer& layer : layers)
+    measured.push_back(layer.plan->transposed ? LayerNorms{layer.best_row, layer.best_column}
+                                              : LayerNorms{layer.best_column, layer.best_row});
+  return measured;
+}
+
+namespace {
+
+template <class Value>
+void write(const Result& result, const std::vector<LayerNorms>& measured) {
+  auto* l1 = static_cast<Value*>(result.l1.mutable_data_ptr());
+  auto* linf = static_cast<Value*>(result.linf.mutable_data_ptr());
+  auto* winners = static_cast<int64_t*>(result.winners.mutable_data_ptr());
+  for (const LayerNorms& norms : measured) {
+    *l1++ = static_cast<Value>(norms.l1.value);
+    *linf++ = static_cast<Value>(norms.linf.value);
+    for (int64_t place : {norms.l1.channel, norms.l1.window, norms.linf.channel, norms.linf.window}) *winners++ = place;
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> measure_cpu(std::vector<Tensor> weights, std::vector<int64_t> numbers,
+                                               std::vector<int64_t> shape) {
+  const auto plan = read_plan(numbers);
+  const Result result = new_result(weights, *plan, shape);
+  const auto measured = measure(weights, *plan, Norms::kBoth);
+  if (result.l1.scalar_type() == ScalarType::Double)
+    write<double>(result, measured);
+  else
+    write<float>(result, measured);
   return {result.l1, result.linf, result.winners};
 }
 

@@ -1,0 +1,246 @@
+// decay_native on the CPU: measures one norm of every layer, writes the newest terms down, and adds what they and the
+// older ones sum up to to the gradients. Layer by layer, each by one thread, in one order: the same bits for any number
+// of threads. convnorm/momentum.py says what the state is.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <type_traits>
+
+#include "../matrix.h"
+#include "accumulate.h"
+#include "measure.h"
+
+namespace convnorm {
+namespace {
+
+constexpr int64_t kAhead = 4;  // rows
+
+// The column, or row, of a channel: element (other, tap) at data[other * step + tap_offsets[tap]].
+template <class Number>
+struct Slice {
+  Number* data;
+  int64_t others, step;
+  int64_t first, last;  // of tap_offsets
+
+  Slice(const Matrix& matrix, int64_t channel, bool column)
+      : others(column ? matrix.rows : matrix.columns),
+        step(column ? matrix.row_stride : matrix.column_stride),
+        first(matrix.tap_offsets.front()),
+        last(matrix.tap_offsets.back()) {
+    const int64_t channels = column ? matrix.columns : matrix.rows;
+    const int64_t channel_step = column ? matrix.column_stride : matrix.row_stride;
+    data = static_cast<Number*>(const_cast<void*>(matrix.data)) + channel / channels * matrix.group_stride +
+           channel % channels * channel_step;
+  }
+
+  // The elements of another are a row of the weight away, where the hardware does not foresee a read.
+  void prefetch(int64_t other) const {
+    if (other >= others) return;
+    __builtin_prefetch(data + other * step + first, !std::is_const_v<Number>);
+    __builtin_prefetch(data + other * step + last, !std::is_const_v<Number>);
+  }
+};
+
+int64_t slice_length(const Matrix& matrix, bool column) {
+  return (column ? matrix.rows : matrix.columns) * matrix.taps;
+}
+
+template <class Visit>
+void with_number(ScalarType type, const Visit& visit) {
+  switch (type) {
+    case ScalarType::Float:
+      return visit(float{});
+    case ScalarType::Double:
+      return visit(double{});
+    case ScalarType::Half:
+      return visit(torch::headeronly::Half{});
+    case ScalarType::BFloat16:
+      return visit(torch::headeronly::BFloat16{});
+    default:
+      STD_TORCH_CHECK(false, "convnorm: weight and gradient must be float64, float32, float16 or bfloat16");
+  }
+}
+
+template <class Number>
+int sign(Number number) {
+  return (number > 0) - (number < 0);
+}
+
+// term[other][tap] = the sum, over the merged taps of the window that the tap is in, of sign(their weights' sum)
+template <class Weight, class Term>
+void write_term(const Matrix& matrix, const LayerPlan& plan, const Best& winner, bool column, Term* term) {
+  using Number = std::conditional_t<std::is_same_v<Weight, double>, double, float>;
+  const Slice<const Weight> slice(matrix, winner.channel, column);
+  const auto& window = (column ? plan.inputs : plan.outputs)[winner.window];
+  const int64_t* offsets = matrix.tap_offsets.data();
+  std::vector<int32_t> taps;  // those that count, of a window that merges none
+  for (int32_t merged : window) taps.push_back(plan.merged[merged][0]);
+  std::fill(term, term + slice.others * matrix.taps, Term(0));
+  for (int64_t other = 0; other < slice.others; ++other, term += matrix.taps) {
+    slice.prefetch(other + kAhead);
+    const Weight* at = slice.data + other * slice.step;
+    if (!plan.merges) {
+      for (int32_t tap : taps) term[tap] = static_cast<Term>(term[tap] + sign(static_cast<Number>(at[offsets[tap]])));
+      continue;
+    }
+    for (int32_t merged : window) {
+      double sum = 0;
+      for (int32_t tap : plan.merged[merged]) sum += static_cast<double>(at[offsets[tap]]);
+      for (int32_t tap : plan.merged[merged]) term[tap] = static_cast<Term>(term[tap] + sign(sum));
+    }
+  }
+}
+
+// The terms of one layer.
+template <class Term>
+struct Ring {
+  Term* signs;  // [terms][stride]
+  int64_t stride;
+  int64_t* channels;  // [terms][layers]
+  int64_t layers, terms, newest;
+
+  int64_t age(int64_t slot) const { return (newest - slot + terms) % terms; }
+  int64_t of_age(int64_t age) const { return (newest - age + terms) % terms; }
+  int64_t channel(int64_t slot) const { return channels[slot * layers]; }
+};
+
+// What is added to one channel of a gradient: its terms, summed up.
+template <class Number, class Sum>
+struct Addition {
+  Slice<Number> to;
+  const Sum* sum;  // [others][taps]
+};
+
+// grad += rate h. All terms of a channel are added up before they meet the gradient: it is rounded once.
+template <class Grad, class Term>
+void add_terms(const Matrix& grad, const Ring<Term>& ring, bool column, double rate, double momentum) {
+  using Sum = std::conditional_t<std::is_same_v<Grad, double>, double, float>;
+  const int64_t length = slice_length(grad, column);
+  std::vector<int64_t> found;  // channels
+  for (int64_t age = 0; age < ring.terms; ++age) {
+    const int64_t channel = ring.channel(ring.of_age(age));
+    if (channel >= 0 && std::find(found.begin(), found.end(), channel) == found.end()) found.push_back(channel);
+  }
+  thread_local std::vector<Sum> sums;
+  sums.resize(found.size() * padded(length));
+  std::vector<Addition<Grad, Sum>> additions;
+  std::vector<const void*> terms;
+  std::vector<double> coefficients;
+  for (int64_t channel : found) {
+    terms.clear();
+    coefficients.clear();
+    for (int64_t age = 0; age < ring.terms; ++age)
+      if (const int64_t slot = ring.of_age(age); ring.channel(slot) == channel) {
+        terms.push_back(ring.signs + slot * ring.stride);
+        coefficients.push_back(rate * (1 - momentum) * std::pow(momentum, static_cast<double>(age)));
+      }
+    Sum* sum = sums.data() + additions.size() * padded(length);
+    kernels().sum_terms[sizeof(Term) > 1][std::is_same_v<Sum, double>](
+        {terms.data(), coefficients.data(), static_cast<int64_t>(terms.size()), length, sum});
+    additions.push_back({Slice<Grad>(grad, channel, column), sum});
+  }
+  // In the order of the memory: the channels of a row are near each other.
+  const int64_t taps = grad.taps, others = length / taps;
+  const int64_t* offsets = grad.tap_offsets.data();
+  const bool together =
+      std::is_sorted(grad.tap_offsets.begin(), grad.tap_offsets.end()) && offsets[taps - 1] == taps - 1;
+  for (int64_t other = 0; other < others; ++other)
+    for (Addition<Grad, Sum>& addition : additions) {
+      addition.to.prefetch(other + kAhead);
+      Grad* row = addition.to.data + other * addition.to.step;
+      const Sum* h = addition.sum + other * taps;
+      if (together)
+        for (int64_t t = 0; t < taps; ++t) row[t] = static_cast<Grad>(static_cast<Sum>(row[t]) + h[t]);
+      else
+        for (int64_t t = 0; t < taps; ++t)
+          row[offsets[t]] = static_cast<Grad>(static_cast<Sum>(row[offsets[t]]) + h[t]);
+    }
+}
+
+template <class Term>
+void step_layer(const Matrix& weight, const Matrix* grad, const LayerPlan& plan, const Best& winner,
+                const Ring<Term>& ring, bool column, double rate, double momentum) {
+  with_number(weight.dtype, [&](auto number) {
+    write_term<decltype(number)>(weight, plan, winner, column, ring.signs + ring.newest * ring.stride);
+  });
+  if (grad)
+    with_number(grad->dtype, [&](auto number) { add_terms<decltype(number)>(*grad, ring, column, rate, momentum); });
+}
+
+void take_norms(const std::vector<LayerNorms>& measured, bool linf, Tensor& norms, Tensor& winners) {
+  auto* places = static_cast<int64_t*>(winners.mutable_data_ptr());
+  for (size_t i = 0; i < measured.size(); ++i) {
+    const Best& best = linf ? measured[i].linf : measured[i].l1;
+    if (norms.scalar_type() == ScalarType::Double)
+      static_cast<double*>(norms.mutable_data_ptr())[i] = best.value;
+    else
+      static_cast<float*>(norms.mutable_data_ptr())[i] = static_cast<float>(best.value);
+    places[2 * i] = best.channel;
+    places[2 * i + 1] = best.window;
+  }
+}
+
+template <class Term>
+void step(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, const Plan& plan, const Tensor& winners,
+          Tensor& signs, Tensor& channels, Tensor& clock, const Tensor& rates, double momentum, bool linf) {
+  const int64_t layers = static_cast<int64_t>(weights.size()), terms = signs.size(0), length = signs.size(1);
+  auto* ring_channels = static_cast<int64_t*>(channels.mutable_data_ptr());
+  auto* ring_signs = static_cast<Term*>(signs.mutable_data_ptr());
+  auto* places = static_cast<const int64_t*>(winners.const_data_ptr());
+  auto* layer_rates = static_cast<const double*>(rates.const_data_ptr());
+  int64_t& now = *static_cast<int64_t*>(clock.mutable_data_ptr());
+  const int64_t newest = now++ % terms;
+
+  std::vector<Matrix> weight_matrices, grad_matrices(layers);
+  std::vector<int64_t> begin{0};
+  for (int64_t i = 0; i < layers; ++i) {
+    weight_matrices.push_back(as_matrix(weights[i], plan[i]));
+    if (grads[i].numel()) grad_matrices[i] = as_matrix(grads[i], plan[i]);
+    const bool column = linf == plan[i].transposed;
+    begin.push_back(begin.back() + slice_length(weight_matrices[i], column));
+    const int64_t found = (column ? plan[i].inputs : plan[i].outputs).size();
+    const int64_t most = weight_matrices[i].groups * (column ? weight_matrices[i].columns : weight_matrices[i].rows);
+    STD_TORCH_CHECK(places[2 * i] >= 0 && places[2 * i] < most && places[2 * i + 1] >= 0 && places[2 * i + 1] < found,
+                    "convnorm: winners are those of other weights");
+    ring_channels[newest * layers + i] = places[2 * i];
+  }
+  STD_TORCH_CHECK(begin.back() == length, "convnorm: the state is that of other weights");
+
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < layers;) {
+      const Ring<Term> ring{ring_signs + begin[i], length, ring_channels + i, layers, terms, newest};
+      const Best winner{0, places[2 * i], places[2 * i + 1]};
+      step_layer(weight_matrices[i], grads[i].numel() ? &grad_matrices[i] : nullptr, plan[i], winner, ring,
+                 linf == plan[i].transposed, layer_rates[i], momentum);
+    }
+  });
+}
+
+void decay_cpu(std::vector<Tensor> weights, std::vector<Tensor> grads, Tensor norms, Tensor winners, Tensor signs,
+               Tensor channels, Tensor clock, Tensor rates, double momentum, std::vector<int64_t> numbers, bool linf,
+               bool measured) {
+  const auto plan = read_plan(numbers);
+  const int64_t layers = static_cast<int64_t>(weights.size());
+  STD_TORCH_CHECK(plan->size() == weights.size() && grads.size() == weights.size() && norms.numel() == layers &&
+                      winners.numel() == 2 * layers && channels.numel() == signs.size(0) * layers &&
+                      rates.numel() == layers && rates.scalar_type() == ScalarType::Double,
+                  "convnorm: the state is that of other weights");
+  for (const Tensor& tensor : {norms, winners, signs, channels, rates})
+    STD_TORCH_CHECK(tensor.is_contiguous(), "convnorm: the state must be contiguous");
+  if (!measured) take_norms(measure(weights, *plan, linf ? Norms::kLinf : Norms::kL1), linf, norms, winners);
+  const auto run = signs.scalar_type() == ScalarType::Char ? step<int8_t> : step<int32_t>;
+  run(weights, grads, *plan, winners, signs, channels, clock, rates, momentum, linf);
+}
+
+}  // namespace
+}  // namespace convnorm
+
+STABLE_TORCH_LIBRARY_IMPL(convnorm, CPU, m) {
+  m.impl("decay_native", TORCH_BOX(&convnorm::decay_cpu));
+}

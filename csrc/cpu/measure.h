@@ -1,0 +1,31 @@
+// The measurement of a network on the CPU.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "../matrix.h"
+
+namespace convnorm {
+
+struct Best {
+  double value = -1;
+  int64_t channel = 0, window = 0;
+
+  // Channels and windows are offered in order: the first of equals stays, and NaN beats every number.
+  void offer(const Best& other) {
+    if (other.value > value || (std::isnan(other.value) && !std::isnan(value))) *this = other;
+  }
+};
+
+// What is asked for: one norm alone takes less than both.
+enum class Norms { kL1, kLinf, kBoth };
+
+// Of a layer whose l1 norm alone, or linf norm alone, was asked for, the other means nothing.
+struct LayerNorms {
+  Best l1, linf;
+};
+
+std::vector<LayerNorms> measure(const std::vector<Tensor>& weights, const Plan& plan, Norms norms);
+
+}  // namespace convnorm
