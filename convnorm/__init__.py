@@ -2,6 +2,7 @@
 
 from .backends import backends as backends
 from .backends import use_backend as use_backend
+from .decay import NormDecay as NormDecay
 from .geometry import GeometryError as GeometryError
 from .norms import Norms as Norms
 from .norms import norms as norms

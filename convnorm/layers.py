@@ -171,6 +171,41 @@ class Use:
         return replace(layer, output_padding=extra)
 
 
+class Watch:
+    """Sees which layers of a model run, at which input sizes, until it is closed.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 10))
+    >>> watch = Watch(model)
+    >>> _ = model(torch.zeros(1, 3, 8, 8))
+    >>> [(use.name, use.in_shape) for use in watch.close()]
+    [('0', (8, 8)), ('2', ())]
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.running = ""  # the layer that was entered last
+        self._uses: dict[tuple[nn.Module, tuple[int, ...], tuple[int, ...]], Use] = {}
+        self._hooks = []
+        for name, module in model.named_modules():
+            if isinstance(module, LAYERS):
+                self._hooks.append(module.register_forward_pre_hook(partial(self._enter, name)))
+                self._hooks.append(module.register_forward_hook(partial(self._see, name), with_kwargs=True))
+
+    def close(self) -> list[Use]:
+        """The layers in the order of their use, each once for every input size."""
+        for hook in self._hooks:
+            hook.remove()
+        return list(self._uses.values())
+
+    def _enter(self, name: str, module: nn.Module, args: tuple) -> None:
+        self.running = name
+
+    def _see(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], y: Tensor) -> None:
+        x = args[0] if args else kwargs["input"]
+        spatial = 0 if isinstance(module, nn.Linear) else len(module.kernel_size)
+        sizes = tuple(x.shape[x.dim() - spatial :]), tuple(y.shape[y.dim() - spatial :])
+        self._uses.setdefault((module, *sizes), Use(name, module, *sizes))
+
+
 def observe(model: nn.Module, *inputs: Tensor | Sequence[int]) -> list[Use]:
     """The layers of a model in the order of their use, each once for every input size, for inputs or their shapes.
 
@@ -180,21 +215,9 @@ def observe(model: nn.Module, *inputs: Tensor | Sequence[int]) -> list[Use]:
     >>> [(use.name, use.in_shape) for use in observe(model, [1, 3, 8, 8])]
     [('0', (8, 8)), ('2', ())]
     """
-    uses: dict[tuple[nn.Module, tuple[int, ...], tuple[int, ...]], Use] = {}
     if any(nn.parameter.is_lazy(tensor) for tensor in chain(model.parameters(), model.buffers())):
         raise GeometryError("convnorm: weight is not initialised yet: run the model once")
-
-    def see(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], y: Tensor) -> None:
-        x = args[0] if args else kwargs["input"]
-        spatial = 0 if isinstance(module, nn.Linear) else len(module.kernel_size)
-        sizes = tuple(x.shape[x.dim() - spatial :]), tuple(y.shape[y.dim() - spatial :])
-        uses.setdefault((module, *sizes), Use(name, module, *sizes))
-
-    hooks = [
-        module.register_forward_hook(partial(see, name), with_kwargs=True)
-        for name, module in model.named_modules()
-        if isinstance(module, LAYERS)
-    ]
+    watch = Watch(model)
     before = [(module, dict(vars(module))) for module in model.modules()]
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     try:
@@ -202,10 +225,13 @@ def observe(model: nn.Module, *inputs: Tensor | Sequence[int]) -> list[Use]:
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
             shapes_as = {"dtype": like.dtype, "device": like.device}
             model(*(fake.from_tensor(x) if isinstance(x, Tensor) else torch.empty(*x, **shapes_as) for x in inputs))
+    except (RuntimeError, TypeError, ValueError) as error:
+        shapes = ", ".join(str(list(x.shape if isinstance(x, Tensor) else x)) for x in inputs)
+        where = f", in or after layer {watch.running!r}" if watch.running else ""
+        raise GeometryError(f"convnorm: the model does not run on an input of {shapes}{where}: {error}") from error
     finally:
         for module, attributes in before:  # its training flag, and what it keeps of a forward pass
             vars(module).clear()
             vars(module).update(attributes)
-        for hook in hooks:
-            hook.remove()
-    return list(uses.values())
+        uses = watch.close()
+    return uses

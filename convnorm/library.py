@@ -178,6 +178,11 @@ def _device_of(weights: Sequence[Tensor]) -> torch.device:
     return device
 
 
+def norms_of(weights: list[Tensor], plan: Sequence[int], linf: bool) -> Tensor:
+    """[N], the norms of so many layers, differentiable."""
+    return _norms(weights, plan, [len(weights)], False, wanted=(LINF if linf else L1,))[0]
+
+
 def _norms(
     weights: list[Tensor], plan: Sequence[int], shape: list[int], in_vmap: bool, wanted: Sequence[int] = (L1, LINF)
 ) -> tuple[Tensor, ...]:

@@ -1,0 +1,83 @@
+"""Layers whose norms are measured together in each step of norm decay, and their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import library
+from .geometry import GeometryError
+from .layers import Use
+from .momentum import no_momentum, slice_lengths
+from .plan import LayerPlan, read_plan
+
+
+def plan_of(use: Use) -> LayerPlan:
+    """What a layer's windows are; an error that names it where it can have none."""
+    try:
+        return use.layer.plan
+    except GeometryError as error:
+        raise GeometryError(f"{error}, in layer {use.name!r}") from None
+
+
+def weight_of(use: Use) -> nn.Parameter:
+    """The parameter whose gradient norm decay adds to."""
+    weight = use.module._parameters.get("weight")
+    if weight is None:
+        raise RuntimeError(
+            f"convnorm: the weight of layer {use.name!r} is computed from other parameters (by a parametrization): "
+            "add penalty() to the loss instead of step(), or exclude it"
+        )
+    return weight
+
+
+def fits(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether one can take the place of the other."""
+    return {name: t.shape for name, t in own.items()} == {name: t.shape for name, t in other.items()}
+
+
+class Batch:
+    """Layers on one device, each with a weight of its own; the paper's algorithm."""
+
+    def __init__(self, uses: Sequence[Use], members: Sequence[int], linf: bool, momentum: float) -> None:
+        self.uses, self.members, self.linf, self.momentum = uses, members, linf, momentum
+        self.weights = [weight_of(use) for use in uses]
+        self.plan = tuple(number for use in uses for number in plan_of(use).numbers)
+        self.state = no_momentum(self.weights, self.plan, linf, momentum)
+        self.rates = torch.zeros(len(uses), dtype=torch.float64, device=self.weights[0].device)
+        self._lengths = slice_lengths(self.weights, read_plan(self.plan), linf)
+        self._no_grad = self.weights[0].detach().new_empty(0)
+
+    @property
+    def norms(self) -> Tensor:
+        return self.state.norms
+
+    @property
+    def clock(self) -> Tensor:
+        """[1], the steps so far."""
+        return self.state.clock
+
+    def step(self, scale: float | Tensor) -> None:
+        """grads += scale * rates * h"""
+        grads = [self._no_grad if weight.grad is None else weight.grad for weight in self.weights]
+        rates = self.rates if isinstance(scale, (int, float)) and scale == 1 else self.rates * scale
+        library.decay(self.weights, grads, self.state, rates, self.momentum, self.plan, self.linf)
+
+    def replaced(self) -> list[int]:
+        """Which layers have another weight by now."""
+        return [i for i, use in enumerate(self.uses) if use.module._parameters.get("weight") is not self.weights[i]]
+
+    def is_current(self) -> bool:
+        return self.weights[0].device == self.rates.device and not self.replaced()
+
+    def remembered(self, i: int) -> dict[str, Tensor]:
+        """What is remembered of layer i, as views."""
+        signs = self.state.signs.split(self._lengths, 1)[i]
+        return {
+            "norm": self.state.norms[i],
+            "winner": self.state.winners[i],
+            "channels": self.state.channels[:, i],
+            "signs": signs,
+        }

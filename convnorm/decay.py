@@ -1,0 +1,364 @@
+"""Norm decay (Liang & Huang, Algorithm 1): weight decay's place in a training loop, for the true norms of layers.
+
+    p_l = a subgradient of the l1 or linf norm of layer l, at the current weight
+    h_l = γ h_l + (1 - γ) p_l
+    g_l = g_l + (β / N) h_l          between loss.backward() and optimizer.step(); l one of N layers
+
+``momentum.py`` says how h is kept, ``released.py`` what the authors' release does instead.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from . import library
+from .batch import Batch, fits, plan_of, weight_of
+from .layers import LAYERS, Use, Watch, as_layer, observe
+from .momentum import count_terms
+from .released import Released, takes_part
+
+Beta = float | Mapping[str, float] | Callable[[int], float | Mapping[str, float]]
+MOST_TERMS = 2048
+
+
+class NormDecay:
+    """Adds (β / N) h to the gradients of a model's convolutional and fully connected layers.
+
+    >>> import torch, convnorm
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    >>> decay = convnorm.NormDecay(model, [1, 3, 8, 8], beta=1e-3)
+    >>> model(torch.randn(2, 3, 8, 8)).square().mean().backward()
+    >>> decay.step()  # after backward(); or once, instead: decay.attach(optimizer)
+    >>> optimizer.step()
+    >>> list(decay.norms)
+    ['0', '3']
+
+    ``example`` tells the input sizes of the layers: an input of the model or its shape (or a tuple of them, for several
+    inputs), which runs on fake tensors; or the sizes themselves, ``{"features.0": (32, 32), "classifier": ()}``; or
+    None: they are seen in the forward passes before the first step. ``ord`` is 1 or ``math.inf``.
+
+    ``beta`` is a number, or a number for each layer by pattern of its name, of which the first that matches counts
+    (``{"features.*": 1e-3, "*": 0}``), or a function of the number of steps that returns either. Set it at any time.
+    ``include`` and ``exclude`` are patterns of names. N counts the layers that are left.
+
+    - A layer used at several input sizes is as many linear maps: each counts. So do layers that share a weight.
+    - A layer without a gradient (frozen, or not used in this step) gets nothing, its average goes on.
+    - A weight that a parametrization computes has no gradient to add to: ``penalty()`` takes it, ``step()`` refuses it.
+    - ``variant="released"`` does what the authors' released code does.
+    - After each step on a CPU an infinite or NaN norm is an error that names its layer. On a GPU to look would be to
+      wait: there ``check()`` looks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Tensor | Sequence[Any] | Mapping[str, Sequence[int]] | None = None,
+        *,
+        ord: float = 1,
+        beta: Beta,
+        momentum: float = 0.5,
+        include: str | Iterable[str] = "*",
+        exclude: str | Iterable[str] = (),
+        variant: str = "paper",
+    ) -> None:
+        if ord not in (1, math.inf):
+            raise ValueError(f"convnorm: ord {ord!r} must be 1 or inf")
+        if not 0 <= momentum < 1 or count_terms(momentum) > MOST_TERMS:
+            raise ValueError(f"convnorm: momentum {momentum!r} must be at least 0 and below 0.99")
+        if variant not in ("paper", "released"):
+            raise ValueError(f"convnorm: variant {variant!r} must be 'paper' or 'released'")
+        self.ord, self.momentum, self.variant = ord, momentum, variant
+        self._include, self._exclude = _patterns(include), _patterns(exclude)
+        self._model = _unwrapped(model)
+        self._uses: list[Use] = []
+        self._batches: list[Batch] = []  # made at the first step
+        self._pending: Mapping[str, Any] | None = None  # a state that was loaded before the layers were known
+        self._steps = 0  # what the schedule of beta has seen
+        self.beta = beta
+        self._watch = Watch(self._model) if example is None else None
+        if example is not None:
+            self._settle(_find(self._model, example))
+
+    # --- in the loop -------------------------------------------------------------------------------------------------
+
+    def step(self, scale: float | Tensor = 1) -> None:
+        """Add to the gradients. ``scale`` is what the loss was multiplied by, if the gradients still are."""
+        batches = self._bound()
+        if self._schedule is not None:
+            self._set_beta(self._schedule(self._steps))
+            self._steps += 1
+        for batch in batches:
+            batch.step(scale)
+        if not torch.compiler.is_compiling() and batches[0].norms.device.type == "cpu":
+            self.check()
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+        """Step before every ``optimizer.step()`` from now on, until the returned handle is removed.
+
+        After gradient clipping, then, and after ``GradScaler`` has unscaled (a fused optimizer's gradients are still
+        scaled: that is seen to).
+        """
+        self._warn_of_missing(optimizer)
+
+        def before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+            if any(given is not None for given in (*args[1:], *kwargs.values())):  # args[0] is the optimizer
+                raise RuntimeError(
+                    "convnorm: optimizer.step(closure) computes gradients itself: call step() in closure"
+                )
+            scale = getattr(optimizer, "grad_scale", None)
+            self.step(1 if scale is None else scale)
+
+        return optimizer.register_step_pre_hook(before_step)
+
+    def penalty(self) -> Tensor:
+        """(β / N) times the sum of the norms, to be added to a loss: differentiable, without momentum.
+
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> _ = nn.init.constant_(model.weight, -3.0)
+        >>> NormDecay(model, [1, 2], beta=0.5, ord=math.inf).penalty().item()
+        3.0
+        """
+        self._know_layers()
+        devices: dict[torch.device, list[int]] = {}
+        for i, use in enumerate(self._uses):
+            devices.setdefault(use.module.weight.device, []).append(i)
+        rates, terms = self._rates(), []
+        for device, members in devices.items():
+            plan = [number for i in members for number in plan_of(self._uses[i]).numbers]
+            weights = [self._uses[i].module.weight for i in members]
+            norms = library.norms_of(weights, plan, self.ord == math.inf)
+            terms.append((torch.tensor([rates[i] for i in members], device=device).to(norms.dtype) * norms).sum())
+        return sum(term.to(terms[0].device) for term in terms)
+
+    @property
+    def norms(self) -> dict[str, Tensor]:
+        """The norms at the last step, by layer, on its device: nothing is read again, nothing waits."""
+        values = {
+            i: value for batch in self._batches for i, value in zip(batch.members, batch.norms.unbind(), strict=True)
+        }
+        return {label: values[i] for i, label in enumerate(self._labels()) if values}
+
+    def check(self) -> None:
+        """Raise an error that names the layers whose norm, at the last step, was infinite or NaN."""
+        if all(bool(batch.norms.isfinite().all()) for batch in self._batches):
+            return
+        bad = ", ".join(f"{label!r} ({value.item()})" for label, value in self.norms.items() if not value.isfinite())
+        raise RuntimeError(f"convnorm: the norm of layer {bad} is not finite: neither is its weight")
+
+    @property
+    def beta(self) -> float | Mapping[str, float]:
+        return self._beta
+
+    @beta.setter
+    def beta(self, beta: Beta) -> None:
+        self._schedule = beta if callable(beta) else None
+        self._set_beta(beta(self._steps) if callable(beta) else beta)
+
+    # --- saving ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs to be, bit for bit, the uninterrupted one."""
+        return {
+            "ord": self.ord,
+            "momentum": self.momentum,
+            "variant": self.variant,
+            "beta": dict(self._beta) if isinstance(self._beta, Mapping) else self._beta,
+            "steps": int(self._batches[0].clock) if self._batches else 0,
+            "layers": {
+                label: {name: t.clone() for name, t in own.items()} for label, own in self._remembered().items()
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name in ("ord", "momentum", "variant"):
+            if state[name] != getattr(self, name):
+                raise ValueError(f"convnorm: {name} {getattr(self, name)!r} is {state[name]!r} in the state")
+        if not self._uses:
+            self._pending = dict(state)
+            return
+        self._bound()
+        layers, labels = state["layers"], self._labels()
+        for label in [*labels, *layers] if layers else []:
+            if label not in layers or label not in labels:
+                where = "the state" if label in labels else "this model"
+                raise ValueError(f"convnorm: layer {label!r} is not in {where}: the state is that of another model")
+        own = self._remembered()
+        if misfits := [label for label in layers if not fits(own[label], layers[label])]:
+            raise ValueError(f"convnorm: the state does not fit layer {', '.join(map(repr, misfits))}")
+        self._restore(layers, state["steps"])
+        if self._schedule is None:
+            self.beta = state["beta"]
+
+    def _remembered(self) -> dict[str, dict[str, Tensor]]:
+        labels = self._labels()
+        found = {i: batch.remembered(j) for batch in self._batches for j, i in enumerate(batch.members)}
+        return {labels[i]: found[i] for i in sorted(found)}
+
+    def _restore(self, layers: Mapping[str, Mapping[str, Tensor]], steps: int) -> None:
+        """Take over what fits."""
+        self._steps = steps
+        for batch in self._batches:
+            batch.clock.fill_(steps)
+        own = self._remembered()
+        for label in own.keys() & layers.keys():
+            if fits(own[label], layers[label]):
+                for name, tensor in own[label].items():
+                    tensor.copy_(layers[label][name])
+
+    # --- the layers --------------------------------------------------------------------------------------------------
+
+    def _know_layers(self) -> None:
+        if self._watch is None:
+            return
+        uses = self._watch.close()
+        if not uses:
+            raise RuntimeError("convnorm: no layer has run yet: run the model before the first step, or give example")
+        self._watch = None
+        self._settle(uses)
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self.load_state_dict(pending)
+
+    def _settle(self, uses: list[Use]) -> None:
+        names = [name for name, module in self._model.named_modules() if isinstance(module, LAYERS)]
+        wanted = {name for name in names if self._wants(name)}
+        left_out = wanted - {use.name for use in uses}
+        uses = [use for use in uses if use.name in wanted]
+        if self.variant == "released":
+            left_out |= {use.name for use in uses if not takes_part(use)}
+            uses = [use for use in uses if takes_part(use)]
+        if left_out:
+            why = (
+                "did not run on the example"
+                if self.variant == "paper"
+                else "did not run, or the released code skips it"
+            )
+            names_left_out = ", ".join(repr(name) for name in names if name in left_out)
+            _warn(f"layer {names_left_out} {why}: left out of norm decay (name it in exclude= to say that it is meant)")
+        if not uses:
+            raise ValueError(f"convnorm: include {self._include} and exclude {self._exclude} leave no layer of {names}")
+        for use in uses:
+            plan_of(use)
+        self._uses = uses
+        self._betas()
+
+    def _wants(self, name: str) -> bool:
+        return _matches(name, self._include) and not _matches(name, self._exclude)
+
+    def _labels(self) -> list[str]:
+        names = [use.name for use in self._uses]
+        return [use.name if names.count(use.name) == 1 else f"{use.name} {list(use.in_shape)}" for use in self._uses]
+
+    def _betas(self) -> list[float]:
+        return [_beta_of(use.name, self._beta) for use in self._uses]
+
+    def _rates(self) -> list[float]:
+        betas = self._betas()
+        return betas if self.variant == "released" else [beta / len(betas) for beta in betas]
+
+    def _set_beta(self, beta: float | Mapping[str, float]) -> None:
+        self._beta = beta
+        rates = self._rates()
+        for batch in self._batches:
+            batch.rates.copy_(torch.tensor([rates[i] for i in batch.members], dtype=torch.float64))
+
+    def _bound(self) -> list[Batch]:
+        """The batches, of the weights that the layers have now."""
+        self._know_layers()
+        if not self._batches:
+            self._bind()
+        elif not all(batch.is_current() for batch in self._batches):
+            self._follow()
+        return self._batches
+
+    def _bind(self) -> None:
+        """Put layers that can be measured together into one batch: those on one device, every weight once."""
+        groups: dict[tuple[torch.device, int], list[int]] = {}
+        times: dict[int, int] = {}
+        for i, use in enumerate(self._uses):
+            weight = weight_of(use)
+            times[id(weight)] = times.get(id(weight), 0) + 1
+            groups.setdefault((weight.device, times[id(weight)]), []).append(i)
+        kind = Released if self.variant == "released" else Batch
+        self._batches = [
+            kind([self._uses[i] for i in members], members, self.ord == math.inf, self.momentum)
+            for members in groups.values()
+        ]
+        self._set_beta(self._beta)
+
+    def _follow(self) -> None:
+        """Weights were replaced, moved or sharded: follow them, with what is remembered of the old ones."""
+        labels, steps = self._labels(), int(self._batches[0].clock)
+        replaced = [labels[batch.members[j]] for batch in self._batches for j in batch.replaced()]
+        before = self._remembered()
+        self._bind()
+        self._restore(before, steps)
+        after = self._remembered()
+        anew = [label for label in labels if not fits(after[label], before[label])]
+        if replaced and steps:
+            lost = f"; the average of {', '.join(map(repr, anew))} starts anew" if anew else ""
+            _warn(f"the weight of layer {', '.join(map(repr, replaced))} was replaced: norm decay follows it{lost}")
+
+    def _warn_of_missing(self, optimizer: torch.optim.Optimizer) -> None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        weights = {use.name: use.module._parameters.get("weight") for use in self._uses}
+        missing = [repr(name) for name, w in weights.items() if w is not None and w.requires_grad and id(w) not in held]
+        if missing:
+            _warn(f"the optimizer does not hold the weight of layer {', '.join(missing)}: its decay goes nowhere")
+
+
+def _find(model: nn.Module, example: Tensor | Sequence[Any] | Mapping[str, Sequence[int]]) -> list[Use]:
+    """The layers and their input sizes: given, or observed on one input or several."""
+    if not isinstance(example, Mapping):
+        one = isinstance(example, Tensor) or all(isinstance(size, int) for size in example)
+        return observe(model, *([example] if one else example))
+    modules, uses = dict(model.named_modules()), []
+    for name, in_shape in example.items():
+        if not isinstance(modules.get(name), LAYERS):
+            raise ValueError(f"convnorm: example names {name!r}, which is no convolutional or fully connected layer")
+        layer = as_layer(modules[name], in_shape)
+        uses.append(Use(name, modules[name], layer.in_shape, layer.geometry.out_shape))
+    return uses
+
+
+def _beta_of(name: str, beta: float | Mapping[str, float]) -> float:
+    if isinstance(beta, Mapping):
+        found = [value for pattern, value in beta.items() if fnmatchcase(name, pattern)]
+        if not found:
+            raise ValueError(f"convnorm: beta {dict(beta)} has no pattern for layer {name!r}")
+        beta = found[0]
+    if not math.isfinite(beta):
+        raise ValueError(f"convnorm: beta {beta!r} of layer {name!r} must be finite")
+    return float(beta)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile and DistributedDataParallel, where layers have the names that the user knows."""
+    while True:
+        if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+            model = model._orig_mod
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+def _patterns(given: str | Iterable[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"convnorm: {message}", stacklevel=2)
