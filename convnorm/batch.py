@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,18 @@ from .momentum import no_momentum, slice_lengths
 from .plan import LayerPlan, read_plan
 
 
-def plan_of(use: Use) -> LayerPlan:
-    """What a layer's windows are; an error that names it where it can have none."""
+@contextmanager
+def naming(layer: str) -> Iterator[None]:
+    """Errors within name the layer."""
     try:
-        return use.layer.plan
+        yield
     except GeometryError as error:
-        raise GeometryError(f"{error}, in layer {use.name!r}") from None
+        raise GeometryError(f"{error}, in layer {layer!r}") from None
+
+
+def plan_of(use: Use) -> LayerPlan:
+    with naming(use.name):
+        return use.layer.plan
 
 
 def weight_of(use: Use) -> nn.Parameter:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import library
-from .batch import Batch, fits, plan_of, weight_of
+from .batch import Batch, fits, naming, plan_of, weight_of
 from .layers import LAYERS, Use, Watch, as_layer, observe
 from .momentum import count_terms
 from .released import Released, takes_part
@@ -326,7 +326,8 @@ def _find(model: nn.Module, example: Tensor | Sequence[Any] | Mapping[str, Seque
         if not isinstance(modules.get(name), LAYERS):
             raise ValueError(f"convnorm: example names {name!r}, which is no convolutional or fully connected layer")
         layer = as_layer(modules[name], in_shape)
-        uses.append(Use(name, modules[name], layer.in_shape, layer.geometry.out_shape))
+        with naming(name):
+            uses.append(Use(name, modules[name], layer.in_shape, layer.geometry.out_shape))
     return uses
 
 

@@ -1,0 +1,327 @@
+"""NormDecay is Algorithm 1: compared with dense tensors, whole matrices and PyTorch's own differentiation."""
+
+import copy
+import math
+import warnings
+
+import oracle
+import pytest
+import torch
+from torch import nn
+
+import convnorm
+from convnorm.layers import TRANSPOSED, as_layer, observe
+
+SHAPE = [2, 3, 8, 8]
+
+
+class Network(nn.Module):
+    """Every kind of layer: merged taps, groups, transposed, depthwise, dilated, an input smaller than its kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.reflect = nn.Conv2d(3, 6, 3, padding=1, padding_mode="reflect")
+        self.grouped = nn.Conv2d(6, 6, 3, stride=2, padding=1, groups=3)
+        self.transposed = nn.ConvTranspose2d(6, 4, 3, stride=2, padding=1, output_padding=1)
+        self.depthwise = nn.Conv2d(4, 4, 5, stride=(1, 2), padding=2, groups=4)
+        self.dilated = nn.Conv1d(4, 3, 5, dilation=3, stride=4)
+        self.solid = nn.Conv3d(1, 2, (2, 3, 3), padding=(0, 1, 1))
+        self.small = nn.Conv1d(10, 5, 5, padding=2)
+        self.linear = nn.Linear(5, 4)
+
+    def forward(self, x):
+        x = self.grouped(self.reflect(x).relu()).relu()
+        x = self.depthwise(self.transposed(x).relu()).flatten(2)
+        x = self.dilated(x.relu())  # [2, 3, 5]
+        x = self.solid(x.unflatten(2, (1, 5)).unsqueeze(1)).relu()  # [2, 2, 2, 1, 5]
+        x = self.small(x.flatten(1, 3).mT.reshape(2, 5, 4).repeat(1, 2, 1)[..., :2]).relu()
+        return self.linear(x.mean(-1))
+
+
+def network(dtype=torch.float64):
+    torch.manual_seed(0)
+    return Network().to(dtype)
+
+
+def largest_sum(use, ord):
+    """The norm by the explicit matrix, differentiable."""
+    layer = as_layer(use.module, use.in_shape)
+    options = dict(layer.options)
+    if use.module.__class__ in TRANSPOSED:
+        options["output_padding"] = use.layer.output_padding
+    channels = layer.in_channels
+    basis = torch.eye(channels * math.prod(use.in_shape), dtype=layer.weight.dtype)
+    basis = basis.reshape(-1, channels, *use.in_shape)
+    matrix = oracle.forward(basis, layer.weight, layer.stride, layer.padding, **options).flatten(1).T
+    return matrix.abs().sum(0 if ord == 1 else 1).max()
+
+
+class DenseDecay:
+    """Algorithm 1, as slow and plain as can be."""
+
+    def __init__(self, model, ord, beta, momentum):
+        self.uses, self.ord, self.beta, self.momentum = observe(model, SHAPE), ord, beta, momentum
+        self.averages = [torch.zeros_like(use.module.weight) for use in self.uses]
+
+    def step(self):
+        for i, use in enumerate(self.uses):
+            (p,) = torch.autograd.grad(largest_sum(use, self.ord), use.module.weight)
+            self.averages[i] = self.momentum * self.averages[i] + (1 - self.momentum) * p
+            use.module.weight.grad += self.beta / len(self.uses) * self.averages[i]
+
+
+def train(model, step, steps, lr=0.05):
+    generator = torch.Generator().manual_seed(1)
+    dtype = next(model.parameters()).dtype
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    for _ in range(steps):
+        x = torch.randn(SHAPE, generator=generator, dtype=torch.float64).to(dtype)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        step()
+        optimizer.step()
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("ord", [1, math.inf])
+def test_200_steps_are_those_of_the_dense_algorithm(ord, momentum, server):
+    if server != ("native", "cpu") and (server != ("reference", "cpu") or momentum != 0.5):
+        pytest.skip("tests/test_momentum.py compares all backends step by step")
+    model, other = network(), network()
+    mine = train(model, convnorm.NormDecay(model, SHAPE, ord=ord, beta=0.3, momentum=momentum).step, 200)
+    dense = train(other, DenseDecay(other, ord, 0.3, momentum).step, 200)
+    for a, b in zip(mine, dense, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
+def test_it_decays_norms():
+    sums = []
+    for beta in (0.0, 0.5):
+        model = network(torch.float32)
+        decay = convnorm.NormDecay(model, SHAPE, beta=beta)
+        train(model, decay.step, 60)
+        sums.append(sum(decay.norms.values()).item())
+    assert sums[1] < 0.8 * sums[0]
+
+
+def test_norms_are_those_of_the_last_step():
+    model = network(torch.float32)
+    for ord in (1, math.inf):
+        decay = convnorm.NormDecay(model, SHAPE, ord=ord, beta=0.1)
+        assert decay.norms == {}
+        train(model, lambda: None, 1)
+        decay.step()
+        assert list(decay.norms) == [use.name for use in decay._uses] == [name for name, _ in model.named_children()]
+        for use in observe(model, SHAPE):
+            expected = convnorm.norms(use.layer)
+            assert decay.norms[use.name] == (expected.l1 if ord == 1 else expected.linf)
+
+
+def test_penalty_is_the_sum_of_the_norms_and_its_gradient_that_of_a_step():
+    model = network()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    decay = convnorm.NormDecay(model, SHAPE, beta=0.7, momentum=0)
+    decay.step()
+    penalty = decay.penalty()
+    torch.testing.assert_close(penalty, 0.7 / 8 * sum(decay.norms.values()))
+    weights = [use.module.weight for use in decay._uses]
+    for weight, gradient in zip(weights, torch.autograd.grad(penalty, weights), strict=True):
+        torch.testing.assert_close(weight.grad, gradient)
+
+
+def test_beta_by_pattern_by_schedule_and_set():
+    model = network()
+    every = [use.name for use in observe(model, SHAPE)]
+    decay = convnorm.NormDecay(model, SHAPE, beta={"linear": 0.0, "*d": 2.0, "*": 1.0}, momentum=0)
+    assert decay._betas() == [0.0 if name == "linear" else 2.0 if name.endswith("d") else 1.0 for name in every]
+    seen = []
+    for beta in (0.5, {"*": 0.25}, lambda step: 1.0 + step):
+        decay.beta = beta
+        for _ in range(2):
+            model.linear.weight.grad = torch.zeros_like(model.linear.weight)
+            decay.step()
+            seen.append(8 * model.linear.weight.grad.abs().max().item())
+    assert seen == pytest.approx([0.5, 0.5, 0.25, 0.25, 1.0, 2.0])
+
+
+@pytest.mark.parametrize("include", ["linear", ["lin*", "dil*"], "*d"])
+def test_include_and_exclude(include):
+    model = network()
+    decay = convnorm.NormDecay(model, SHAPE, beta=1.0, include=include, exclude="solid")
+    expected = {"linear": ["linear"], "*d": ["grouped", "transposed", "dilated"]}
+    assert [use.name for use in decay._uses] == expected.get(str(include), ["dilated", "linear"])
+    train(model, lambda: None, 1)
+    before = {name: p.grad.clone() for name, p in model.named_parameters()}
+    decay.step()
+    changed = [name for name, p in model.named_parameters() if not torch.equal(p.grad, before[name])]
+    assert changed == [f"{use.name}.weight" for use in decay._uses]
+
+
+@pytest.mark.parametrize("ord", [1, math.inf])
+def test_released_variant(ord):
+    """h *= γ; h[slice] = sign(weight[slice]); g += β h, for square plain Conv2d and Linear layers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(64, 3))
+    decay = convnorm.NormDecay(model, [1, 3, 8, 8], ord=ord, beta=0.1, momentum=0.5, variant="released")
+    averages = [torch.zeros_like(model[i].weight) for i in (0, 1, 3)]
+    for _ in range(12):
+        for h, i in zip(averages, (0, 1, 3), strict=True):
+            weight = model[i].weight
+            weight.data *= 1 + 0.1 * torch.randn(weight.shape[:2] + (1,) * (weight.dim() - 2))
+            weight.grad = torch.zeros_like(weight)
+            h *= 0.5
+            sums = weight.detach().abs()
+            if ord == math.inf:
+                row = sums.flatten(1).sum(1).argmax()
+                h[row] = weight.detach()[row].sign()
+            elif i == 0:  # stride 2: taps 0, 2 of an axis, or tap 1 alone
+                classes = [([0, 2], [0, 2]), ([0, 2], [1]), ([1], [0, 2]), ([1], [1])]
+                best = [sums[:, :, a][:, :, :, b].sum((0, 2, 3)).max(0) for a, b in classes]
+                a, b = classes[max(range(4), key=lambda c: best[c].values)]
+                column = max(best, key=lambda one: one.values).indices
+                for row in a:
+                    h[:, column, row, b] = weight.detach()[:, column, row, b].sign()
+            else:
+                column = sums.flatten(2).sum((0, 2)).argmax() if i == 1 else sums.sum(0).argmax()
+                h[:, column] = weight.detach()[:, column].sign()
+        decay.step()
+        for h, i in zip(averages, (0, 1, 3), strict=True):
+            torch.testing.assert_close(model[i].weight.grad, 0.1 * h)
+
+
+def test_released_variant_says_what_it_skips():
+    with pytest.warns(
+        UserWarning, match=r"'reflect', 'grouped', 'transposed', 'depthwise', 'dilated', 'solid', 'small'"
+    ):
+        decay = convnorm.NormDecay(network(), SHAPE, beta=1.0, variant="released")
+    assert [use.name for use in decay._uses] == ["linear"]
+    small = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, 3, padding=1))
+    with pytest.raises(ValueError, match="leave no layer"), pytest.warns(UserWarning, match="'0', '1'"):
+        convnorm.NormDecay(small, [1, 1, 2, 2], beta=1.0, variant="released")
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize("example", [SHAPE, None], ids=["observed", "hooked"])
+def test_a_resumed_run_is_the_uninterrupted_one(variant, example, tmp_path):
+    def new_run():
+        model = network(torch.float32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the released code skips
+            decay = convnorm.NormDecay(model, SHAPE, beta=lambda step: 0.1 * (step + 1), variant=variant)
+        if example is None:
+            decay = convnorm.NormDecay(model, beta=0.2)
+        return model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), decay
+
+    def steps(model, optimizer, decay, numbers):
+        for number in numbers:
+            optimizer.zero_grad()
+            model(torch.randn(SHAPE, generator=torch.Generator().manual_seed(number))).square().mean().backward()
+            decay.step()
+            optimizer.step()
+
+    whole = new_run()
+    steps(*whole, range(20))
+    first = new_run()
+    steps(*first, range(9))
+    torch.save([part.state_dict() for part in first], tmp_path / "state.pt")
+    second = new_run()
+    for part, state in zip(second, torch.load(tmp_path / "state.pt", weights_only=True), strict=True):
+        part.load_state_dict(state)
+    steps(*second, range(9, 20))
+    for a, b in zip(whole[0].parameters(), second[0].parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert str(whole[2].state_dict()) == str(second[2].state_dict())
+
+
+def test_state_is_small():
+    model = nn.Sequential(*(nn.Conv2d(256, 256, 3, padding=1) for _ in range(2)))
+    decay = convnorm.NormDecay(model, [1, 256, 8, 8], beta=1.0)
+    model(torch.randn(1, 256, 8, 8)).sum().backward()
+    decay.step()
+    kept = sum(tensor.nbytes for batch in decay._batches for tensor in batch.state.tensors())
+    assert kept < 0.05 * sum(module.weight.nbytes for module in model)
+
+
+def test_a_state_of_another_model_names_the_layer():
+    model, other = network(), nn.Sequential(nn.Linear(3, 2))
+    other(torch.randn(1, 3)).sum().backward()
+    decay = convnorm.NormDecay(other, [1, 3], beta=1.0)
+    decay.step()
+    mine = convnorm.NormDecay(model, SHAPE, beta=1.0)
+    before = copy.deepcopy(mine.state_dict())
+    with pytest.raises(ValueError, match="'reflect' is not in the state"):
+        mine.load_state_dict(decay.state_dict())
+    wider = nn.Sequential(nn.Linear(3, 5))
+    wider(torch.randn(1, 3)).sum().backward()
+    with pytest.raises(ValueError, match="does not fit layer '0'"):
+        convnorm.NormDecay(wider, [1, 3], beta=1.0).load_state_dict(decay.state_dict())
+    with pytest.raises(ValueError, match="ord inf is 1 in the state"):
+        convnorm.NormDecay(other, [1, 3], beta=1.0, ord=math.inf).load_state_dict(decay.state_dict())
+    assert str(mine.state_dict()["steps"]) == str(before["steps"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ord": 2}, "ord 2 must be 1 or inf"),
+        ({"momentum": 1.0}, "momentum 1.0 must be"),
+        ({"momentum": -0.1}, "momentum -0.1 must be"),
+        ({"momentum": 0.9999}, "momentum 0.9999 must be"),
+        ({"variant": "dense"}, "variant 'dense' must be"),
+        ({"beta": math.nan}, "beta nan of layer 'reflect' must be finite"),
+        ({"beta": {"linear": 1.0}}, "no pattern for layer 'reflect'"),
+        ({"include": "nothing"}, "leave no layer"),
+        ({"example": {"dropout": ()}}, "example names 'dropout'"),
+        ({"example": [2, 4, 8, 8]}, r"input of \[2, 4, 8, 8\], in or after layer 'reflect'"),
+        ({"example": {"reflect": (1, 1)}, "include": "reflect"}, "in layer 'reflect'"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(arguments, message):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            convnorm.NormDecay(network(), **({"example": SHAPE, "beta": 1.0} | arguments))
+
+
+def test_steps_that_cannot_be_are_refused_by_name():
+    with pytest.raises(RuntimeError, match="no layer has run yet"):
+        convnorm.NormDecay(network(), beta=1.0).step()
+    model = network()
+    decay = convnorm.NormDecay(model, SHAPE, beta=1.0)
+    for poison in (math.nan, math.inf):
+        model.linear.weight.data[0, 0] = poison
+        with pytest.raises(RuntimeError, match=rf"layer 'linear' \({poison}\) is not finite"):
+            decay.step()
+    parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    decay = convnorm.NormDecay(nn.Sequential(parametrized), [1, 3], beta=1.0)
+    decay.penalty().backward()
+    assert parametrized.parametrizations.weight.original1.grad.any()
+    with pytest.raises(RuntimeError, match="layer '0' is computed from other parameters"):
+        decay.step()
+
+
+def test_layers_that_never_run_are_named():
+    model = network()
+    model.spare = nn.Linear(2, 2)
+    with pytest.warns(UserWarning, match="layer 'spare' did not run"):
+        convnorm.NormDecay(model, SHAPE, beta=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convnorm.NormDecay(model, SHAPE, beta=1.0, exclude="spare")
+
+
+def test_a_replaced_parameter_is_followed_and_named():
+    model = network()
+    decay = convnorm.NormDecay(model, SHAPE, beta=1.0, momentum=0)
+    train(model, decay.step, 2)
+    model.linear.weight = nn.Parameter(10 * model.linear.weight.detach())
+    model.linear.weight.grad = torch.zeros_like(model.linear.weight)
+    with pytest.warns(UserWarning, match="weight of layer 'linear' was replaced"):
+        decay.step()
+    torch.testing.assert_close(decay.norms["linear"], convnorm.norms(model.linear).l1)
+    assert model.linear.weight.grad.any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decay.step()
