@@ -1,5 +1,6 @@
 """Exact operator norms of convolutional layers. ``import convnorm`` registers ``torch.ops.convnorm``."""
 
+from . import optim as optim
 from .backends import backends as backends
 from .backends import use_backend as use_backend
 from .decay import NormDecay as NormDecay

@@ -66,11 +66,11 @@ class Batch:
         """[1], the steps so far."""
         return self.state.clock
 
-    def step(self, scale: float | Tensor) -> None:
+    def step(self, scale: float | Tensor, measured: bool = False) -> None:
         """grads += scale * rates * h"""
         grads = [self._no_grad if weight.grad is None else weight.grad for weight in self.weights]
         rates = self.rates if isinstance(scale, (int, float)) and scale == 1 else self.rates * scale
-        library.decay(self.weights, grads, self.state, rates, self.momentum, self.plan, self.linf)
+        library.decay(self.weights, grads, self.state, rates, self.momentum, self.plan, self.linf, measured)
 
     def replaced(self) -> list[int]:
         """Which layers have another weight by now."""

@@ -23,7 +23,8 @@ from . import library
 from .batch import Batch, fits, naming, plan_of, weight_of
 from .layers import LAYERS, Use, Watch, as_layer, observe
 from .momentum import count_terms
-from .released import Released, takes_part
+from .released import takes_part
+from .sharded import Place, is_dtensor, kind_of, place_of
 
 Beta = float | Mapping[str, float] | Callable[[int], float | Mapping[str, float]]
 MOST_TERMS = 2048
@@ -90,14 +91,17 @@ class NormDecay:
 
     # --- in the loop -------------------------------------------------------------------------------------------------
 
-    def step(self, scale: float | Tensor = 1) -> None:
-        """Add to the gradients. ``scale`` is what the loss was multiplied by, if the gradients still are."""
-        batches = self._bound()
+    def step(self, scale: float | Tensor = 1, measured: Sequence[Batch] = ()) -> None:
+        """Add to the gradients. ``scale`` is what the loss was multiplied by, if the gradients still are.
+
+        The norms of the ``measured`` ones of ``batches()`` are those of the weights already.
+        """
+        batches = self.batches()
         if self._schedule is not None:
             self._set_beta(self._schedule(self._steps))
             self._steps += 1
         for batch in batches:
-            batch.step(scale)
+            batch.step(scale, batch in measured)
         if not torch.compiler.is_compiling() and batches[0].norms.device.type == "cpu":
             self.check()
 
@@ -107,7 +111,7 @@ class NormDecay:
         After gradient clipping, then, and after ``GradScaler`` has unscaled (a fused optimizer's gradients are still
         scaled: that is seen to).
         """
-        self._warn_of_missing(optimizer)
+        self.warn_of_missing(optimizer)
 
         def before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
             if any(given is not None for given in (*args[1:], *kwargs.values())):  # args[0] is the optimizer
@@ -130,6 +134,10 @@ class NormDecay:
         self._know_layers()
         devices: dict[torch.device, list[int]] = {}
         for i, use in enumerate(self._uses):
+            if is_dtensor(use.module.weight):
+                raise RuntimeError(
+                    f"convnorm: the weight of layer {use.name!r} is sharded: penalty() would gather it, use step()"
+                )
             devices.setdefault(use.module.weight.device, []).append(i)
         rates, terms = self._rates(), []
         for device, members in devices.items():
@@ -185,7 +193,7 @@ class NormDecay:
         if not self._uses:
             self._pending = dict(state)
             return
-        self._bound()
+        self.batches()
         layers, labels = state["layers"], self._labels()
         for label in [*labels, *layers] if layers else []:
             if label not in layers or label not in labels:
@@ -271,7 +279,7 @@ class NormDecay:
         for batch in self._batches:
             batch.rates.copy_(torch.tensor([rates[i] for i in batch.members], dtype=torch.float64))
 
-    def _bound(self) -> list[Batch]:
+    def batches(self) -> list[Batch]:
         """The batches, of the weights that the layers have now."""
         self._know_layers()
         if not self._batches:
@@ -281,17 +289,16 @@ class NormDecay:
         return self._batches
 
     def _bind(self) -> None:
-        """Put layers that can be measured together into one batch: those on one device, every weight once."""
-        groups: dict[tuple[torch.device, int], list[int]] = {}
+        """Put layers that can be measured together into one batch: those in one place, every weight once."""
+        groups: dict[tuple[Place, int], list[int]] = {}
         times: dict[int, int] = {}
         for i, use in enumerate(self._uses):
             weight = weight_of(use)
             times[id(weight)] = times.get(id(weight), 0) + 1
-            groups.setdefault((weight.device, times[id(weight)]), []).append(i)
-        kind = Released if self.variant == "released" else Batch
+            groups.setdefault((place_of(use), times[id(weight)]), []).append(i)
         self._batches = [
-            kind([self._uses[i] for i in members], members, self.ord == math.inf, self.momentum)
-            for members in groups.values()
+            kind_of(place, self.variant)([self._uses[i] for i in members], members, self.ord == math.inf, self.momentum)
+            for (place, _), members in groups.items()
         ]
         self._set_beta(self._beta)
 
@@ -308,7 +315,7 @@ class NormDecay:
             lost = f"; the average of {', '.join(map(repr, anew))} starts anew" if anew else ""
             _warn(f"the weight of layer {', '.join(map(repr, replaced))} was replaced: norm decay follows it{lost}")
 
-    def _warn_of_missing(self, optimizer: torch.optim.Optimizer) -> None:
+    def warn_of_missing(self, optimizer: torch.optim.Optimizer) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         weights = {use.name: use.module._parameters.get("weight") for use in self._uses}
         missing = [repr(name) for name, w in weights.items() if w is not None and w.requires_grad and id(w) not in held]

@@ -55,6 +55,10 @@ DECAY = (
     "(Tensor[] weights, Tensor(a!)[] grads, Tensor(b!) norms, Tensor(c!) winners, Tensor(d!) signs, "
     "Tensor(e!) channels, Tensor(f!) clock, Tensor rates, float momentum, int[] plan, bool linf, bool measured) -> ()"
 )
+SGD = (
+    "(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] buffers, Tensor(c!) norms, Tensor(d!) winners, "
+    "float[] rates, int[] flags, int[] plan, bool linf) -> ()"
+)
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 lib = Library("convnorm", "DEF")
@@ -63,6 +67,7 @@ lib.define(f"linf(Tensor weight, {LAYER}) -> Tensor")
 lib.define(f"norms(Tensor weight, {LAYER}) -> (Tensor l1, Tensor linf)")
 lib.define(f"norms_many(Tensor[] weights, {LAYERS}) -> (Tensor l1s, Tensor linfs)")
 lib.define("window_counts(Tensor winner, int[] plan, bool column) -> Tensor")
+lib.define("sgd_native" + SGD)  # see optim.py
 for name in BACKENDS:
     lib.define(f"measure_{name}" + MEASURE)
     lib.define(f"decay_{name}" + DECAY)
@@ -209,7 +214,7 @@ def _differentiable(
 for kernel in (measure_reference, measure_triton, decay_reference, decay_triton, window_counts):
     lib.impl(kernel.__name__, torch.no_grad()(kernel), "CompositeExplicitAutograd")
 load_native()
-OPAQUE = ("window_counts", *(f"{what}_{name}" for what in ("measure", "decay") for name in BACKENDS))
+OPAQUE = ("window_counts", "sgd_native", *(f"{what}_{name}" for what in ("measure", "decay") for name in BACKENDS))
 for opaque in OPAQUE:  # not differentiable: pass autograd by
     lib.impl(opaque, torch.library.fallthrough_kernel, "Autograd")
 
@@ -234,6 +239,9 @@ for name in BACKENDS:
     register_fake(f"convnorm::measure_{name}", _fake_measure, lib=lib)
     register_fake(f"convnorm::decay_{name}", lambda *arguments: None, lib=lib)
     _vmap_measure(f"measure_{name}")
+
+
+register_fake("convnorm::sgd_native", lambda *arguments: None, lib=lib)
 
 
 @register_fake("convnorm::window_counts", lib=lib)

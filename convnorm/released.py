@@ -41,7 +41,7 @@ class Released(Batch):
         self._averages = [torch.zeros_like(weight, requires_grad=False) for weight in self.weights]
 
     @torch.no_grad()
-    def step(self, scale: float | Tensor) -> None:
+    def step(self, scale: float | Tensor, measured: bool = False) -> None:
         state, which = self.state, int(self.linf)
         values = library.read(self.weights, self.plan, [len(self.weights)])
         state.norms.copy_(values[which])

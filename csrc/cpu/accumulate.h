@@ -39,6 +39,16 @@ struct GeneralBlock {
   double* row_sums;            // [rows][merged_taps]; added to
 };
 
+// A step of stochastic gradient descent on a stretch of a weight, as torch.optim.SGD has it.
+struct SgdStretch {
+  void* weight;
+  const void* grad;
+  void* buffer;  // of the momentum; null: none
+  int64_t length;
+  double rate, momentum, dampening, weight_decay;
+  bool nesterov, maximize, first;
+};
+
 // The sum of a few terms of small integers, each times its coefficient: sum[i] = sum_t coefficients[t] * terms[t][i]
 struct TermSum {
   const void* const* terms;  // int8_t or int32_t [length]
@@ -53,6 +63,7 @@ struct Kernels {
   void (*interleaved[static_cast<int>(Number::kCount)])(const DenseBlock&);   // segments 1
   void (*general[static_cast<int>(Number::kCount)][2])(const GeneralBlock&);  // [..][Sum is double]
   void (*sum_terms[2][2])(const TermSum&);                                    // [terms of int32_t][sum in double]
+  void (*sgd[2])(const SgdStretch&);                                          // [double]
   void (*combine_floats)(const float* tables, int64_t count, int64_t length, double* total);
   void (*combine_doubles)(const double* tables, int64_t count, int64_t length, double* total);
 };

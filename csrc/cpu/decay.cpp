@@ -238,9 +238,49 @@ void decay_cpu(std::vector<Tensor> weights, std::vector<Tensor> grads, Tensor no
   run(weights, grads, *plan, winners, signs, channels, clock, rates, momentum, linf);
 }
 
+// The step, and the norms of what it makes of the weights: block by block, so that the weights are read once for both.
+void sgd_cpu(std::vector<Tensor> weights, std::vector<Tensor> grads, std::vector<Tensor> buffers, Tensor norms,
+             Tensor winners, std::vector<double> rates, std::vector<int64_t> flags, std::vector<int64_t> numbers,
+             bool linf) {
+  const auto plan = read_plan(numbers);
+  const size_t layers = weights.size();
+  STD_TORCH_CHECK(plan->size() == layers && grads.size() == layers && buffers.size() == layers &&
+                      norms.numel() == static_cast<int64_t>(layers) && winners.numel() == 2 * norms.numel() &&
+                      rates.size() == 4 * layers && flags.size() == layers,
+                  "convnorm: the state is that of other weights");
+  std::vector<SgdStretch> whole;
+  for (size_t i = 0; i < layers; ++i) {
+    const bool has_momentum = buffers[i].numel() > 0;
+    const ScalarType dtype = weights[i].scalar_type();
+    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
+                    "convnorm: weight must be float32 or float64");
+    for (const Tensor* tensor : {&weights[i], &grads[i], &buffers[i]})
+      if (tensor != &buffers[i] || has_momentum)
+        STD_TORCH_CHECK(
+            tensor->is_contiguous() && tensor->numel() == weights[i].numel() && tensor->scalar_type() == dtype,
+            "convnorm: weight, gradient and momentum must be contiguous and alike");
+    const double* rate = &rates[4 * i];
+    whole.push_back({weights[i].mutable_data_ptr(), grads[i].const_data_ptr(),
+                     has_momentum ? buffers[i].mutable_data_ptr() : nullptr, 0, rate[0], rate[1], rate[2], rate[3],
+                     (flags[i] & 1) != 0, (flags[i] & 2) != 0, (flags[i] & 4) != 0});
+  }
+  const auto prepare = [&](size_t layer, int64_t begin, int64_t length) {
+    SgdStretch some = whole[layer];
+    const bool wide = weights[layer].scalar_type() == ScalarType::Double;
+    const int64_t bytes = begin * (wide ? 8 : 4);
+    some.weight = static_cast<char*>(some.weight) + bytes;
+    some.grad = static_cast<const char*>(some.grad) + bytes;
+    if (some.buffer) some.buffer = static_cast<char*>(some.buffer) + bytes;
+    some.length = length;
+    kernels().sgd[wide](some);
+  };
+  take_norms(measure(weights, *plan, linf ? Norms::kLinf : Norms::kL1, prepare), linf, norms, winners);
+}
+
 }  // namespace
 }  // namespace convnorm
 
 STABLE_TORCH_LIBRARY_IMPL(convnorm, CPU, m) {
   m.impl("decay_native", TORCH_BOX(&convnorm::decay_cpu));
+  m.impl("sgd_native", TORCH_BOX(&convnorm::sgd_cpu));
 }

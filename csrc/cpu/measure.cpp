@@ -21,6 +21,7 @@ namespace {
 
 constexpr int64_t kBlockElements = 1 << 18;     // a megabyte of floats: worth handing to a thread
 constexpr int64_t kParallelElements = 1 << 15;  // with fewer, as in PyTorch, one thread is faster
+constexpr int64_t kPreparedElements = 1 << 14;  // what is prepared stays in the cache until it is read
 constexpr int64_t kLeastRows = 36;              // a block writes no more than a 36th of what it reads
 
 // Memory that begins with a line of the cache, so that no vector straddles two.
@@ -44,6 +45,7 @@ class Table {
 };
 
 struct Layer {
+  size_t index;
   Matrix matrix;
   const LayerPlan* plan;
   Number number;
@@ -193,8 +195,21 @@ void accumulate(const Layer& layer, int64_t group, int64_t row, int64_t rows, vo
                                      layer.merged.data(), layer.merged_of.data(), table, row_sums});
 }
 
+// A few rows at a time, each prepared before they are read.
+void accumulate(const Layer& layer, int64_t group, int64_t row, int64_t rows, void* table, double* row_sums,
+                const Prepare& prepare) {
+  const Matrix& matrix = layer.matrix;
+  const int64_t own = layer.depthwise ? matrix.row_length() : matrix.row_stride;  // elements of a row
+  const int64_t most = std::max<int64_t>(1, kPreparedElements / own / kRowsAtOnce) * kRowsAtOnce;
+  for (int64_t done = 0; done < rows; done += most) {
+    const int64_t some = std::min(most, rows - done);
+    prepare(layer.index, group * matrix.group_stride + (row + done) * own, some * own);
+    accumulate(layer, group, row + done, some, table, row_sums ? row_sums + done * layer.row_step() : nullptr);
+  }
+}
+
 template <class Sum>
-void run(Item& item, Sum* scratch) {
+void run(Item& item, Sum* scratch, const Prepare& prepare) {
   const Layer& layer = *item.layer;
   const int64_t columns = layer.sums_columns ? layer.table_length() : 0;
   const int64_t rows = layer.sums_rows ? item.rows * layer.row_step() : 0;
@@ -206,7 +221,10 @@ void run(Item& item, Sum* scratch) {
     Sum* table = !layer.sums_columns ? nullptr : item.table < 0 ? own_table : scratch + item.table;
     std::fill(table, table + columns, Sum(0));
     std::fill(row_sums, row_sums + rows, 0.0);
-    accumulate(layer, group, item.row, item.rows, table, row_sums);
+    if (prepare)
+      accumulate(layer, group, item.row, item.rows, table, row_sums, prepare);
+    else
+      accumulate(layer, group, item.row, item.rows, table, row_sums);
     if (layer.sums_columns && item.table < 0) item.column.offer(best_column(layer, layer.plan->inputs, table, group));
     if (layer.depthwise)
       item.row_best.offer(best_column(layer, layer.plan->outputs, table, group));
@@ -247,7 +265,8 @@ void for_each_item(std::vector<Item>& items, bool parallel, const Work& work) {
 
 }  // namespace
 
-std::vector<LayerNorms> measure(const std::vector<Tensor>& weights, const Plan& plan, Norms norms) {
+std::vector<LayerNorms> measure(const std::vector<Tensor>& weights, const Plan& plan, Norms norms,
+                                const Prepare& prepare) {
   std::vector<Layer> layers;
   std::vector<Item> items;
   layers.reserve(weights.size());
@@ -256,6 +275,7 @@ std::vector<LayerNorms> measure(const std::vector<Tensor>& weights, const Plan& 
   for (size_t i = 0; i < weights.size(); ++i) {
     layers.push_back(make_layer(weights[i], plan[i], norms));
     Layer& layer = layers.back();
+    layer.index = i;
     const Matrix& matrix = layer.matrix;
     elements += matrix.groups * matrix.rows * matrix.row_length();
     if (layer.blocks_per_group == 1) {
@@ -278,8 +298,9 @@ std::vector<LayerNorms> measure(const std::vector<Tensor>& weights, const Plan& 
   float* float_tables = float_memory.of_length(floats);
   double* double_tables = double_memory.of_length(doubles);
   const bool parallel = elements > kParallelElements;
-  for_each_item(items, parallel,
-                [&](Item& item) { item.layer->wide ? run(item, double_tables) : run(item, float_tables); });
+  for_each_item(items, parallel, [&](Item& item) {
+    item.layer->wide ? run(item, double_tables, prepare) : run(item, float_tables, prepare);
+  });
   if (partial)
     for_each_item(items, parallel, [&](Item& item) {
       if (item.table < 0 || item.row > 0 || !item.layer->sums_columns) return;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <functional>
 #include <vector>
 
 #include "../matrix.h"
@@ -26,6 +27,11 @@ struct LayerNorms {
   Best l1, linf;
 };
 
-std::vector<LayerNorms> measure(const std::vector<Tensor>& weights, const Plan& plan, Norms norms);
+// `prepare(layer, begin, length)` is called for every stretch of a weight's memory, in elements, once, by the thread
+// that reads it next, while it is in that thread's cache. It is for weights whose elements are one stretch of memory.
+using Prepare = std::function<void(size_t layer, int64_t begin, int64_t length)>;
+
+std::vector<LayerNorms> measure(const std::vector<Tensor>& weights, const Plan& plan, Norms norms,
+                                const Prepare& prepare = nullptr);
 
 }  // namespace convnorm

@@ -1,0 +1,103 @@
+"""An optimizer that reads the weights once for its step and for norm decay.
+
+A step of norm decay needs the norms of the weights as they are, a step of gradient descent makes new ones. So the norms
+of each block of new weights are taken while it is in the cache, for the next step: what is left of norm decay is to add
+a few slices to the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd
+
+from .backends import backend_for
+from .batch import Batch
+from .decay import NormDecay
+
+
+class SGD(torch.optim.SGD):
+    """``torch.optim.SGD`` with norm decay: the same results as ``norm_decay.attach(torch.optim.SGD(...))``, faster.
+
+    What is read once: float32 and float64 weights on the CPU that are contiguous, as their gradients are, if all layers
+    have gradients and none share a weight. For others norm decay steps first and ``torch.optim.SGD`` after it. Changing
+    weights through ``.data`` goes unnoticed by PyTorch, and here for one step. ``norm_decay.norms`` are those of the
+    weights after the step.
+
+    >>> import torch, convnorm
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 10))
+    >>> decay = convnorm.NormDecay(model, [1, 3, 8, 8], beta=1e-3)
+    >>> optimizer = convnorm.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, norm_decay=decay)
+    >>> model(torch.randn(2, 3, 8, 8)).square().mean().backward()
+    >>> optimizer.step()
+    """
+
+    def __init__(self, params: Any, *args: Any, norm_decay: NormDecay, **kwargs: Any) -> None:
+        super().__init__(params, *args, **{"fused": True} | kwargs)
+        self.norm_decay = norm_decay
+        norm_decay.warn_of_missing(self)
+        self._versions: dict[Tensor, int] = {}  # of weights whose norms are known
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = {weight: group for group in self.param_groups for weight in group["params"]}
+        at_once = [batch for batch in self.norm_decay.batches() if self._fits(batch, groups)]
+        if len(at_once) > 1:  # layers that share a weight
+            at_once = []
+        scale = getattr(self, "grad_scale", None)
+        known = [batch for batch in at_once if all(self._versions.get(w) == w._version for w in batch.weights)]
+        self.norm_decay.step(1 if scale is None else scale, known)
+        for batch in at_once:
+            self._step_and_measure(batch, groups)
+        self._step_others({weight for batch in at_once for weight in batch.weights})
+        return loss
+
+    def _fits(self, batch: Batch, groups: dict[Tensor, dict[str, Any]]) -> bool:
+        if type(batch) is not Batch or batch.rates.device.type != "cpu" or getattr(self, "found_inf", None) is not None:
+            return False
+        return backend_for(batch.rates.device) == "native" and all(
+            weight in groups
+            and not groups[weight]["differentiable"]
+            and weight.grad is not None
+            and weight.grad.dtype == weight.dtype in (torch.float32, torch.float64)
+            and weight.is_contiguous()
+            and weight.grad.is_contiguous()
+            for weight in batch.weights
+        )
+
+    def _step_and_measure(self, batch: Batch, groups: dict[Tensor, dict[str, Any]]) -> None:
+        buffers, rates, flags = [], [], []
+        for weight in batch.weights:
+            group, state = groups[weight], self.state[weight]
+            first = group["momentum"] != 0 and state.get("momentum_buffer") is None
+            if first:
+                state["momentum_buffer"] = torch.empty_like(weight.grad)
+            buffers.append(state["momentum_buffer"] if group["momentum"] != 0 else weight.new_empty(0))
+            rates += [float(group[name]) for name in ("lr", "momentum", "dampening", "weight_decay")]
+            flags.append(group["nesterov"] + 2 * group["maximize"] + 4 * first)
+        grads = [weight.grad for weight in batch.weights]
+        torch.ops.convnorm.sgd_native(
+            batch.weights, grads, buffers, batch.state.norms, batch.state.winners, rates, flags, batch.plan, batch.linf
+        )
+        torch.autograd.graph.increment_version([*batch.weights, *buffers])
+        self._versions.update((weight, weight._version) for weight in batch.weights)
+
+    def _step_others(self, done: set[Tensor]) -> None:
+        for group in self.param_groups:
+            params, grads, buffers = [], [], []
+            others = group | {"params": [parameter for parameter in group["params"] if parameter not in done]}
+            sparse = self._init_group(others, params, grads, buffers)
+            names = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize", "foreach", "fused")
+            scaling = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
+            sgd(params, grads, buffers, has_sparse_grad=sparse, **{name: group[name] for name in names}, **scaling)
+            if group["momentum"] != 0:
+                for parameter, buffer in zip(params, buffers, strict=True):
+                    self.state[parameter]["momentum_buffer"] = buffer

@@ -1,0 +1,198 @@
+"""convnorm.optim.SGD does what torch.optim.SGD with norm decay attached does."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import convnorm
+from convnorm.backends import why_not
+
+native = pytest.mark.skipif(bool(why_not("native", "cpu")), reason="the extension was not built")
+
+
+def network(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 20, 3, stride=2, padding=1),
+        nn.BatchNorm2d(20),
+        nn.Conv2d(20, 20, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(20, 20, 3, groups=20),
+        nn.Conv2d(20, 8, 2, groups=2),
+        nn.ConvTranspose2d(8, 6, 3, stride=2, padding=1),
+        nn.Flatten(),
+        nn.Linear(6, 150),
+        nn.Linear(150, 40),
+    ).to(dtype)
+
+
+def train(model, optimizer, steps=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    dtype = next(model.parameters()).dtype
+    for _ in range(steps):
+        optimizer.zero_grad()
+        x = torch.randn(4, 3, 8, 8, generator=generator)
+        model(x.to(dtype)).square().mean().backward()
+        optimizer.step()
+    return list(model.parameters())
+
+
+def both(model_of=network, ord=1, example=(1, 3, 8, 8), groups=lambda model: model.parameters(), **options):
+    """Parameters after training with the one optimizer, and with the other."""
+    results = []
+    for own in (True, False):
+        model = model_of()
+        decay = convnorm.NormDecay(model, list(example), ord=ord, beta=0.3)
+        if own:
+            optimizer = convnorm.optim.SGD(groups(model), **options, norm_decay=decay)
+        else:
+            optimizer = torch.optim.SGD(groups(model), **options, fused=True)
+            decay.attach(optimizer)
+        results.append(train(model, optimizer))
+    return results
+
+
+def assert_same(one, other, dtype=torch.float32):
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-10}
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+@pytest.mark.parametrize("ord", [1, math.inf])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": 0.1},
+        {"lr": 0.05, "momentum": 0.9},
+        {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01, "dampening": 0.2},
+        {"lr": 0.05, "momentum": 0.8, "weight_decay": 0.01, "nesterov": True},
+        {"lr": 0.001, "momentum": 0.5, "maximize": True},
+        {"lr": torch.tensor(0.1), "momentum": 0.9},
+    ],
+    ids=str,
+)
+def test_results_are_those_of_torch(options, ord):
+    assert_same(*both(lambda: network(torch.float64), ord, **options), torch.float64)
+    assert_same(*both(network, ord, **options))
+
+
+def test_groups_of_parameters():
+    def groups(model):
+        return [
+            {"params": [*model[:3].parameters()], "lr": 0.1, "weight_decay": 0.01},
+            {"params": [*model[3:].parameters()], "lr": 0.01, "nesterov": True},
+        ]
+
+    assert_same(*both(groups=groups, momentum=0.9))
+
+
+@native
+def test_weights_are_read_once(monkeypatch):
+    """After the first step no step measures: the winners are there."""
+    model = network()
+    decay = convnorm.NormDecay(model, [1, 3, 8, 8], beta=0.3)
+    optimizer = convnorm.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, norm_decay=decay)
+    seen, step = [], convnorm.batch.Batch.step
+
+    def watched(self, scale, measured=False):
+        seen.append(measured)
+        return step(self, scale, measured)
+
+    monkeypatch.setattr(convnorm.batch.Batch, "step", watched)
+    train(model, optimizer, 3)
+    model[0].weight.data = model[0].weight.data.clone()
+    with torch.no_grad():
+        model[7].weight.mul_(2)
+    train(model, optimizer, 2)
+    assert seen == [False, True, True, False, True]
+    for use in convnorm.layers.observe(model, [1, 3, 8, 8]):
+        assert decay.norms[use.name] == convnorm.norms(use.layer).l1
+
+
+@native
+@pytest.mark.parametrize("threads", [1, 2])
+def test_norms_have_the_bits_of_the_operators(threads):
+    """Also where a layer is cut into many blocks, and a block into many pieces."""
+    torch.set_num_threads(threads)
+    model = nn.Sequential(nn.Conv2d(128, 256, 3, padding=1), nn.Flatten(), nn.Linear(256 * 4, 700))
+    for ord in (1, math.inf):
+        decay = convnorm.NormDecay(model, [1, 128, 2, 2], ord=ord, beta=0.3)
+        optimizer = convnorm.optim.SGD(model.parameters(), lr=0.1, norm_decay=decay)
+        model(torch.randn(2, 128, 2, 2)).square().mean().backward()
+        optimizer.step()
+        for use in convnorm.layers.observe(model, [1, 128, 2, 2]):
+            norms = convnorm.norms(use.layer)
+            assert decay.norms[use.name] == (norms.l1 if ord == 1 else norms.linf)
+    torch.set_num_threads(1)
+
+
+def without_gradient():
+    model = network()
+    model[2].weight.requires_grad_(False)
+    return model
+
+
+def channels_last():
+    return network().to(memory_format=torch.channels_last)
+
+
+def shared_weight():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3)))
+    model[2].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize("model_of", [without_gradient, channels_last, shared_weight, lambda: network(torch.bfloat16)])
+def test_what_cannot_be_read_once_is_stepped_all_the_same(model_of):
+    assert_same(*both(model_of, lr=0.1, momentum=0.9))
+
+
+@pytest.mark.parametrize("backend", ["reference"])
+def test_other_backends(backend):
+    with convnorm.use_backend(backend):
+        assert_same(*both(lr=0.1, momentum=0.9))
+
+
+def test_hooks_run_once_and_schedulers_are_content():
+    model = network()
+    torch.optim.SGD(model.parameters(), lr=1.0)  # has torch wrap its step
+    decay = convnorm.NormDecay(model, [1, 3, 8, 8], beta=0.3)
+    optimizer = convnorm.optim.SGD(model.parameters(), lr=0.1, norm_decay=decay)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    train(model, optimizer, 1)
+    scheduler.step()
+    assert calls == ["before", "after"]
+    assert optimizer.param_groups[0]["lr"] == 0.05
+
+
+def test_state_is_that_of_torch():
+    model, other = network(), network()
+    decay = convnorm.NormDecay(model, [1, 3, 8, 8], beta=0.3)
+    optimizer = convnorm.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, norm_decay=decay)
+    train(model, optimizer, 3)
+    other.load_state_dict(model.state_dict())
+    plain = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9)
+    plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    other_decay = convnorm.NormDecay(other, [1, 3, 8, 8], beta=0.3)
+    other_decay.load_state_dict(decay.state_dict())
+    other_decay.attach(plain)
+    assert_same(train(model, optimizer, 3, seed=1), train(other, plain, 3, seed=1))
+
+
+def test_closure():
+    def closure():
+        optimizer.zero_grad()
+        loss = model(torch.ones(1, 3, 8, 8)).square().mean()
+        loss.backward()
+        return loss
+
+    model = network().eval()
+    decay = convnorm.NormDecay(model, [1, 3, 8, 8], beta=0.3)
+    optimizer = convnorm.optim.SGD(model.parameters(), lr=0.01, norm_decay=decay)
+    assert optimizer.step(closure) > optimizer.step(closure)
