@@ -56,6 +56,7 @@ class Row:
     copy_ratio: Quantiles | None = None
     launches: int | None = None
     budget: dict[str, float] = field(default_factory=dict)
+    against: str = "read"  # what the ratio is to
 
     @property
     def verdict(self) -> str:
@@ -78,6 +79,7 @@ class Row:
             "threads": str(self.threads or ""),
             "us": str(self.us or ""),
             "ratio": str(self.ratio or ""),
+            "to": self.against if self.ratio else "",
             "copy": str(self.copy_ratio or ""),
             "launches": str(self.launches or ""),
             "budget": self.verdict,

@@ -17,7 +17,7 @@ from convnorm.backends import BACKENDS, why_not
 from .contenders import CONTENDERS, Contender, backward, bare_read, contender, forward, operators, serving
 from .layers import NETWORKS, TABLE1, layers, size, weights_of
 from .record import Quantiles, Row
-from .timing import block, by_turns, device_copy, launches
+from .timing import block, by_turns, device_copy, launches, threads
 
 SECONDS, QUICK_SECONDS = 0.7, 0.03  # for each row
 QUICK = ("3x3x32x32", "3x3x256x512", "resnet18")
@@ -53,13 +53,13 @@ class Case:
 
 
 def cases(names: list[str], quick: bool) -> Iterator[Case]:
-    where = [("cpu", threads, False) for threads in (1, 2)]
+    where = [("cpu", count, False) for count in (1, 2)]
     where += [("cuda", None, graph) for graph in (False, True)] if torch.cuda.is_available() else []
     for name in names:
         for direction in ("forward", "backward"):
-            for device, threads, graph in where:
+            for device, count, graph in where:
                 for who in CONTENDERS:
-                    case = Case(name, direction, who, device, threads, graph)
+                    case = Case(name, direction, who, device, count, graph)
                     if can_run(case) and (not quick or is_quick(case)):
                         yield case
 
@@ -91,20 +91,10 @@ def seconds(request):
     return QUICK_SECONDS if request.config.option.quick else SECONDS
 
 
-@pytest.fixture
-def threads(case):
-    before = torch.get_num_threads()
-    torch.set_num_threads(case.threads or before)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("threads")
 def test_table1(case, benchmark, rows, seconds):
     rows.append(measure(case, benchmark, seconds))
 
 
-@pytest.mark.usefixtures("threads")
 def test_network(case, benchmark, rows, seconds):
     rows.append(measure(case, benchmark, seconds))
 
@@ -124,7 +114,7 @@ def test_launches(name, backend, rows):
 def measure(case: Case, benchmark, seconds: float) -> Row:
     if case.contender in BACKENDS and (reason := why_not(case.contender, case.device)):
         pytest.skip(reason)
-    with serving(case.contender):
+    with serving(case.contender), threads(case.threads):
         norms = contender(case.contender, layers(case.name))
         check(case, norms)
         sets = [weights_of(case.name, case.device, case.direction == "backward") for _ in range(weight_sets(case))]

@@ -6,7 +6,8 @@ Other work on a machine slows both blocks of a pair alike, so that their ratio s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -54,6 +55,28 @@ class Block:
         return first.elapsed_time(last) / 1e3
 
 
+@dataclass
+class Between:
+    """What is done between the blocks, untimed."""
+
+    action: Call
+
+    def fill(self, duration: float) -> None:
+        pass
+
+    def __call__(self) -> None:
+        self.action()
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """So many threads, or as many as there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    yield
+    torch.set_num_threads(before)
+
+
 def block(calls: Sequence[Call], device: str, graph: bool = False) -> Block:
     """A block of calls in rotation, or replayed as one CUDA graph of all of them."""
     if graph:
@@ -96,7 +119,7 @@ def launches(call: Call) -> int | None:
     return sum(event.device_type == on_device for event in profile.events()) or None
 
 
-def by_turns(benchmark: Callable, contender: Block, others: Sequence[Block], seconds: float) -> None:
+def by_turns(benchmark: Callable, contender: Block, others: Sequence[Block | Between], seconds: float) -> None:
     """Rounds of one block of each for about so many seconds, run by pytest-benchmark."""
     duration = contender.fill(BLOCK)
     for other in others:

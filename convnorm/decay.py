@@ -24,7 +24,7 @@ from .batch import Batch, fits, naming, plan_of, weight_of
 from .layers import LAYERS, Use, Watch, as_layer, observe
 from .momentum import count_terms
 from .released import takes_part
-from .sharded import Place, is_dtensor, kind_of, place_of
+from .sharded import Place, is_dtensor, kind_of, place_of, refuse_sharded
 
 Beta = float | Mapping[str, float] | Callable[[int], float | Mapping[str, float]]
 MOST_TERMS = 2048
@@ -80,7 +80,7 @@ class NormDecay:
         self.ord, self.momentum, self.variant = ord, momentum, variant
         self._include, self._exclude = _patterns(include), _patterns(exclude)
         self._model = _unwrapped(model)
-        self._uses: list[Use] = []
+        self.uses: list[Use] = []
         self._batches: list[Batch] = []  # made at the first step
         self._pending: Mapping[str, Any] | None = None  # a state that was loaded before the layers were known
         self._steps = 0  # what the schedule of beta has seen
@@ -114,6 +114,9 @@ class NormDecay:
         self.warn_of_missing(optimizer)
 
         def before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+            if self._watch is not None:
+                self._know_layers()
+                self.warn_of_missing(optimizer)
             if any(given is not None for given in (*args[1:], *kwargs.values())):  # args[0] is the optimizer
                 raise RuntimeError(
                     "convnorm: optimizer.step(closure) computes gradients itself: call step() in closure"
@@ -133,7 +136,7 @@ class NormDecay:
         """
         self._know_layers()
         devices: dict[torch.device, list[int]] = {}
-        for i, use in enumerate(self._uses):
+        for i, use in enumerate(self.uses):
             if is_dtensor(use.module.weight):
                 raise RuntimeError(
                     f"convnorm: the weight of layer {use.name!r} is sharded: penalty() would gather it, use step()"
@@ -141,8 +144,8 @@ class NormDecay:
             devices.setdefault(use.module.weight.device, []).append(i)
         rates, terms = self._rates(), []
         for device, members in devices.items():
-            plan = [number for i in members for number in plan_of(self._uses[i]).numbers]
-            weights = [self._uses[i].module.weight for i in members]
+            plan = [number for i in members for number in plan_of(self.uses[i]).numbers]
+            weights = [self.uses[i].module.weight for i in members]
             norms = library.norms_of(weights, plan, self.ord == math.inf)
             terms.append((torch.tensor([rates[i] for i in members], device=device).to(norms.dtype) * norms).sum())
         return sum(term.to(terms[0].device) for term in terms)
@@ -175,6 +178,8 @@ class NormDecay:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs to be, bit for bit, the uninterrupted one."""
+        if self._pending is not None:
+            return dict(self._pending)
         return {
             "ord": self.ord,
             "momentum": self.momentum,
@@ -190,11 +195,13 @@ class NormDecay:
         for name in ("ord", "momentum", "variant"):
             if state[name] != getattr(self, name):
                 raise ValueError(f"convnorm: {name} {getattr(self, name)!r} is {state[name]!r} in the state")
-        if not self._uses:
+        if not self.uses:
             self._pending = dict(state)
             return
-        self.batches()
         layers, labels = state["layers"], self._labels()
+        if not layers:
+            self._batches = []  # the state before the first step
+        self.batches()
         for label in [*labels, *layers] if layers else []:
             if label not in layers or label not in labels:
                 where = "the state" if label in labels else "this model"
@@ -256,18 +263,18 @@ class NormDecay:
             raise ValueError(f"convnorm: include {self._include} and exclude {self._exclude} leave no layer of {names}")
         for use in uses:
             plan_of(use)
-        self._uses = uses
+        self.uses = uses
         self._betas()
 
     def _wants(self, name: str) -> bool:
         return _matches(name, self._include) and not _matches(name, self._exclude)
 
     def _labels(self) -> list[str]:
-        names = [use.name for use in self._uses]
-        return [use.name if names.count(use.name) == 1 else f"{use.name} {list(use.in_shape)}" for use in self._uses]
+        names = [use.name for use in self.uses]
+        return [use.name if names.count(use.name) == 1 else f"{use.name} {list(use.in_shape)}" for use in self.uses]
 
     def _betas(self) -> list[float]:
-        return [_beta_of(use.name, self._beta) for use in self._uses]
+        return [_beta_of(use.name, self._beta) for use in self.uses]
 
     def _rates(self) -> list[float]:
         betas = self._betas()
@@ -292,12 +299,12 @@ class NormDecay:
         """Put layers that can be measured together into one batch: those in one place, every weight once."""
         groups: dict[tuple[Place, int], list[int]] = {}
         times: dict[int, int] = {}
-        for i, use in enumerate(self._uses):
+        for i, use in enumerate(self.uses):
             weight = weight_of(use)
             times[id(weight)] = times.get(id(weight), 0) + 1
             groups.setdefault((place_of(use), times[id(weight)]), []).append(i)
         self._batches = [
-            kind_of(place, self.variant)([self._uses[i] for i in members], members, self.ord == math.inf, self.momentum)
+            kind_of(place, self.variant)([self.uses[i] for i in members], members, self.ord == math.inf, self.momentum)
             for (place, _), members in groups.items()
         ]
         self._set_beta(self._beta)
@@ -311,13 +318,14 @@ class NormDecay:
         self._restore(before, steps)
         after = self._remembered()
         anew = [label for label in labels if not fits(after[label], before[label])]
-        if replaced and steps:
+        if steps and (replaced or anew):
             lost = f"; the average of {', '.join(map(repr, anew))} starts anew" if anew else ""
-            _warn(f"the weight of layer {', '.join(map(repr, replaced))} was replaced: norm decay follows it{lost}")
+            what = f"{', '.join(map(repr, replaced or anew))} was {'replaced' if replaced else 'cast'}"
+            _warn(f"the weight of layer {what}: norm decay follows it{lost}")
 
     def warn_of_missing(self, optimizer: torch.optim.Optimizer) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        weights = {use.name: use.module._parameters.get("weight") for use in self._uses}
+        weights = {use.name: use.module._parameters.get("weight") for use in self.uses}
         missing = [repr(name) for name, w in weights.items() if w is not None and w.requires_grad and id(w) not in held]
         if missing:
             _warn(f"the optimizer does not hold the weight of layer {', '.join(missing)}: its decay goes nowhere")
@@ -326,6 +334,7 @@ class NormDecay:
 def _find(model: nn.Module, example: Tensor | Sequence[Any] | Mapping[str, Sequence[int]]) -> list[Use]:
     """The layers and their input sizes: given, or observed on one input or several."""
     if not isinstance(example, Mapping):
+        refuse_sharded(model)
         one = isinstance(example, Tensor) or all(isinstance(size, int) for size in example)
         return observe(model, *([example] if one else example))
     modules, uses = dict(model.named_modules()), []

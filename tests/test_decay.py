@@ -34,7 +34,7 @@ class Network(nn.Module):
         x = self.depthwise(self.transposed(x).relu()).flatten(2)
         x = self.dilated(x.relu())  # [2, 3, 5]
         x = self.solid(x.unflatten(2, (1, 5)).unsqueeze(1)).relu()  # [2, 2, 2, 1, 5]
-        x = self.small(x.flatten(1, 3).mT.reshape(2, 5, 4).repeat(1, 2, 1)[..., :2]).relu()
+        x = self.small(x.flatten(1, 3).mT.repeat(1, 2, 1)[..., :2]).relu()
         return self.linear(x.mean(-1))
 
 
@@ -112,7 +112,7 @@ def test_norms_are_those_of_the_last_step():
         assert decay.norms == {}
         train(model, lambda: None, 1)
         decay.step()
-        assert list(decay.norms) == [use.name for use in decay._uses] == [name for name, _ in model.named_children()]
+        assert list(decay.norms) == [use.name for use in decay.uses] == [name for name, _ in model.named_children()]
         for use in observe(model, SHAPE):
             expected = convnorm.norms(use.layer)
             assert decay.norms[use.name] == (expected.l1 if ord == 1 else expected.linf)
@@ -126,7 +126,7 @@ def test_penalty_is_the_sum_of_the_norms_and_its_gradient_that_of_a_step():
     decay.step()
     penalty = decay.penalty()
     torch.testing.assert_close(penalty, 0.7 / 8 * sum(decay.norms.values()))
-    weights = [use.module.weight for use in decay._uses]
+    weights = [use.module.weight for use in decay.uses]
     for weight, gradient in zip(weights, torch.autograd.grad(penalty, weights), strict=True):
         torch.testing.assert_close(weight.grad, gradient)
 
@@ -151,12 +151,12 @@ def test_include_and_exclude(include):
     model = network()
     decay = convnorm.NormDecay(model, SHAPE, beta=1.0, include=include, exclude="solid")
     expected = {"linear": ["linear"], "*d": ["grouped", "transposed", "dilated"]}
-    assert [use.name for use in decay._uses] == expected.get(str(include), ["dilated", "linear"])
+    assert [use.name for use in decay.uses] == expected.get(str(include), ["dilated", "linear"])
     train(model, lambda: None, 1)
     before = {name: p.grad.clone() for name, p in model.named_parameters()}
     decay.step()
     changed = [name for name, p in model.named_parameters() if not torch.equal(p.grad, before[name])]
-    assert changed == [f"{use.name}.weight" for use in decay._uses]
+    assert changed == [f"{use.name}.weight" for use in decay.uses]
 
 
 @pytest.mark.parametrize("ord", [1, math.inf])
@@ -196,7 +196,7 @@ def test_released_variant_says_what_it_skips():
         UserWarning, match=r"'reflect', 'grouped', 'transposed', 'depthwise', 'dilated', 'solid', 'small'"
     ):
         decay = convnorm.NormDecay(network(), SHAPE, beta=1.0, variant="released")
-    assert [use.name for use in decay._uses] == ["linear"]
+    assert [use.name for use in decay.uses] == ["linear"]
     small = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, 3, padding=1))
     with pytest.raises(ValueError, match="leave no layer"), pytest.warns(UserWarning, match="'0', '1'"):
         convnorm.NormDecay(small, [1, 1, 2, 2], beta=1.0, variant="released")

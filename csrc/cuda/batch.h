@@ -1,9 +1,6 @@
 // Layers of one dtype that are measured together: cut into the tiles of the first kernel and the parts of the second.
 #pragma once
 
-#include <cstring>
-#include <map>
-
 #include "describe.h"
 
 namespace convnorm::cuda {
@@ -16,10 +13,6 @@ struct Cut {
 constexpr int64_t kMostTileRows = 1024;   // of a dense layer: then a float adds up no more than 128 weights
 constexpr int64_t kStridedTileRows = 64;  // a tile's weights then stay in the first-level cache while its taps are read
 
-inline int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 class Batch {
  public:
   explicit Batch(ScalarType dtype) : dtype(dtype) {}
@@ -27,18 +20,13 @@ class Batch {
   // False, and nothing is added, where the layer has no room in the kernels' argument beside the others.
   bool add(const Described& described) {
     Layer layer = described.layer;
-    std::array<std::pair<const Numbers*, int32_t*>, 4> places{{{&described.windows[kColumns], &layer.windows[kColumns]},
-                                                               {&described.windows[kRows], &layer.windows[kRows]},
-                                                               {&described.merged, &layer.merged},
-                                                               {&described.masks, &layer.masks}}};
-    size_t more = 0;
-    for (const auto& [list, place] : places) more += known_.count(*list) ? 0 : list->size();
-    if (bytes(layers_.size() + 1, lists_.size() + more) > Network<kLargeNetwork>::kBytes) return false;
-    for (const auto& [list, place] : places) {
-      const auto [known, is_new] = known_.emplace(*list, static_cast<int32_t>(lists_.size()));
-      if (is_new) lists_.insert(lists_.end(), list->begin(), list->end());
-      *place = list->empty() ? -1 : known->second;
-    }
+    const auto& [columns, rows] = described.windows;
+    const size_t more = lists_.growth({&columns, &rows, &described.merged, &described.masks});
+    if (bytes(layers_.size() + 1, lists_.numbers().size() + more) > Network<kLargeNetwork>::kBytes) return false;
+    layer.windows[kColumns] = lists_.place(columns);
+    layer.windows[kRows] = lists_.place(rows);
+    layer.merged = lists_.place(described.merged);
+    layer.masks = lists_.place(described.masks);
     layers_.push_back(layer);
     return true;
   }
@@ -48,20 +36,14 @@ class Batch {
 
   template <int kSize>
   bool fits() const {
-    return bytes(layers_.size(), lists_.size()) <= Network<kSize>::kBytes;
+    return bytes(layers_.size(), lists_.numbers().size()) <= Network<kSize>::kBytes;
   }
 
   template <int kSize>
   void pack(Network<kSize>& network) const {
     network.layers = static_cast<int32_t>(layers_.size());
     network.parts = parts();
-    unsigned char* to = network.bytes;
-    std::memcpy(to, layers_.data(), layers_.size() * sizeof(Layer));
-    to += layers_.size() * sizeof(Layer);
-    for (const Numbers* numbers : {&first_tile_, &first_part_, &lists_}) {
-      std::memcpy(to, numbers->data(), numbers->size() * sizeof(int32_t));
-      to += numbers->size() * sizeof(int32_t);
-    }
+    append(append(append(append(network.bytes, layers_), first_tile_), first_part_), lists_.numbers());
   }
 
   bool empty() const { return layers_.empty(); }
@@ -89,8 +71,8 @@ class Batch {
   int64_t reserve(int64_t bytes) { return std::exchange(scratch_bytes_, scratch_bytes_ + ceil_div(bytes, 16) * 16); }
 
   std::vector<Layer> layers_;
-  Numbers lists_, first_tile_, first_part_;
-  std::map<Numbers, int32_t> known_;  // where a list stands in lists_: many layers have the same
+  SharedLists lists_;
+  Numbers first_tile_, first_part_;
   int64_t scratch_bytes_ = 0;
 };
 
@@ -109,7 +91,7 @@ inline int64_t Batch::cut_side(Layer& layer, int side, const Cut& cut) const {
   const int64_t channels = int64_t{layer.groups} * (columns ? layer.columns : layer.rows);
   const int64_t others =
       small ? (columns ? layer.rows : layer.columns) : (columns ? layer.row_tiles : layer.column_tiles);
-  const PackedLists windows{lists_.data() + layer.windows[side]};
+  const PackedLists windows{lists_.numbers().data() + layer.windows[side]};
   const int64_t sums = channels * windows.count(), all_taps = windows.end(windows.count() - 1) - windows.entries();
   int64_t longest = 1;
   for (int32_t w = 0; w < windows.count(); ++w)

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
+#include <map>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -26,6 +28,10 @@ struct Described {
   Numbers merged, masks;  // empty where the layer has none
 };
 
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
 inline int64_t size_of(ScalarType dtype) {
   return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
 }
@@ -36,6 +42,36 @@ inline Numbers pack(const Lists& lists) {
   for (const auto& list : lists) numbers.push_back(numbers.back() + static_cast<int32_t>(list.size()));
   for (const auto& list : lists) numbers.insert(numbers.end(), list.begin(), list.end());
   return numbers;
+}
+
+// Packed lists, one after another. Many layers have the same: they share it.
+class SharedLists {
+ public:
+  // How many numbers more there would be with these, at most.
+  size_t growth(std::initializer_list<const Numbers*> lists) const {
+    size_t more = 0;
+    for (const Numbers* list : lists) more += places_.count(*list) ? 0 : list->size();
+    return more;
+  }
+  // Where the list stands; -1 for none.
+  int32_t place(const Numbers& list) {
+    if (list.empty()) return -1;
+    const auto [known, is_new] = places_.emplace(list, static_cast<int32_t>(numbers_.size()));
+    if (is_new) numbers_.insert(numbers_.end(), list.begin(), list.end());
+    return known->second;
+  }
+  const Numbers& numbers() const { return numbers_; }
+
+ private:
+  Numbers numbers_;
+  std::map<Numbers, int32_t> places_;
+};
+
+// Copies them to the bytes of an argument; returns where they end.
+template <class Item>
+unsigned char* append(unsigned char* to, const std::vector<Item>& items) {
+  std::memcpy(to, items.data(), items.size() * sizeof(Item));
+  return to + items.size() * sizeof(Item);
 }
 
 // For each tap the set of windows that read it. None where there are too many, or one that reads a tap twice.

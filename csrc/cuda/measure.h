@@ -1,7 +1,7 @@
 // measure_native on a GPU, but for the launching itself, which is left to a `Device`:
 //
-//     allocate(like, bytes)                              scratch memory, until the returned tensor is gone
-//     launch(kernel, blocks, threads, network, follows)  `follows`: the launch before it left something for this one
+//     allocate(like, bytes)                               scratch memory, until the returned tensor is gone
+//     launch(kernel, blocks, threads, argument, follows)  `follows`: the launch before it left something for this one
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -70,13 +70,12 @@ void measure_batch(const Batch& batch, const Result& result, const Device& devic
     measure_batch<Weight, kLargeNetwork>(batch, result, device);
 }
 
+// False, and nothing is measured, where a layer is too much for the kernels.
 template <class Device>
-Measured measure(const std::vector<Tensor>& weights, const std::vector<int64_t>& numbers,
-                 const std::vector<int64_t>& shape, const Cut& cut, const Device& device) {
-  const auto plan = read_plan(numbers);
-  const Result result = new_result(weights, *plan, shape);
-  const auto batches = batches_of(weights, *plan, cut);
-  if (!batches) return measure_reference(weights, numbers, shape);
+bool measure_batches(const std::vector<Tensor>& weights, const Plan& plan, const Result& result, const Cut& cut,
+                     const Device& device) {
+  const auto batches = batches_of(weights, plan, cut);
+  if (!batches) return false;
   for (const Batch& batch : *batches) switch (batch.dtype) {
       case ScalarType::Float:
         measure_batch<float>(batch, result, device);
@@ -93,7 +92,16 @@ Measured measure(const std::vector<Tensor>& weights, const std::vector<int64_t>&
       default:
         STD_TORCH_CHECK(false, "convnorm: weight must be float64, float32, float16 or bfloat16");
     }
-  return as_tuple(result);
+  return true;
+}
+
+template <class Device>
+Measured measure(const std::vector<Tensor>& weights, const std::vector<int64_t>& numbers,
+                 const std::vector<int64_t>& shape, const Cut& cut, const Device& device) {
+  const auto plan = read_plan(numbers);
+  const Result result = new_result(weights, *plan, shape);
+  return measure_batches(weights, *plan, result, cut, device) ? as_tuple(result)
+                                                              : measure_reference(weights, numbers, shape);
 }
 
 }  // namespace convnorm::cuda

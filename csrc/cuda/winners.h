@@ -184,6 +184,7 @@ __global__ void __launch_bounds__(kWinnerThreads, 2)
   const int32_t parts = first_part[i + 1] - first_part[i];
   const Layer& layer = network.layer(i / kSides);
   const int side = i % kSides;
+  allow_next_kernel();
   await_previous_kernel();
   Best best = best_of_part<Weight>(network, layer, side, block - first_part[i], parts);
   best = best_of_block(best, of_warps);

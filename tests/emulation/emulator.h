@@ -1,5 +1,8 @@
 // Enough of CUDA to run these kernels, as they are, on the CPU: one block after another, each thread a fiber.
 //
+// A kernel that may begin before the one it follows is done does so: that one runs when all threads of a block wait for
+// it, and not before. So what was read too early, or written, shows.
+//
 // Fibers change hands only where threads wait for one another, at __syncthreads() and at shuffles, and which of them
 // goes on next is random: so a missing barrier shows sooner or later. Shuffles want all lanes of a warp, a barrier all
 // threads that have not returned; where they wait forever, the emulator says so.
@@ -17,6 +20,7 @@
 #include <functional>
 #include <memory>
 #include <random>
+#include <utility>
 #include <vector>
 
 #define __host__
@@ -43,9 +47,18 @@ constexpr size_t kStack = 256 << 10;
 
 class Block {
  public:
+  // One for each of the kernels that have begun: the last runs.
   static Block& current() {
-    static Block block;
-    return block;
+    while (all().size() <= depth()) all().push_back(std::make_unique<Block>());
+    return *all()[depth()];
+  }
+
+  // `awaited` leaves behind what the blocks wait for with cudaGridDependencySynchronize().
+  static void launch(const std::vector<unsigned>& blocks, unsigned threads, const std::function<void()>& kernel,
+                     std::function<void()> awaited) {
+    current().awaited_ = std::move(awaited);
+    for (unsigned block : blocks) current().run(block, threads, kernel);
+    current().run_awaited();
   }
 
   void run(unsigned block, unsigned threads, const std::function<void()>& kernel) {
@@ -67,8 +80,17 @@ class Block {
           ready = true;
           if (random_() % warps_[i / kWarp].pace == 0) resume(i);
         }
-      if (!ready) stuck("threads wait for others that never come");
+      if (ready) continue;
+      if (!awaited_) stuck("threads wait for others that never come");
+      run_awaited();
+      blockIdx.x = block;
+      for (unsigned i : order_)
+        if (fibers_[i]->state == State::kAtAwait) fibers_[i]->state = State::kReady;
     }
+  }
+
+  void await() {
+    if (awaited_) suspend(State::kAtAwait);
   }
 
   void barrier() {
@@ -99,7 +121,7 @@ class Block {
   }
 
  private:
-  enum class State { kReady, kAtBarrier, kAtShuffle, kDone };
+  enum class State { kReady, kAtBarrier, kAtShuffle, kAtAwait, kDone };
   struct Fiber {
     State state;
     unsigned shuffles;
@@ -112,6 +134,23 @@ class Block {
     unsigned arrived = 0, pace = 1;  // how many times slower than the fastest
     uint64_t numbers[2][kWarp];      // by turns: no lane is two shuffles ahead of another
   };
+
+  static std::vector<std::unique_ptr<Block>>& all() {
+    static std::vector<std::unique_ptr<Block>> blocks;
+    return blocks;
+  }
+  static size_t& depth() {
+    static size_t depth = 0;
+    return depth;
+  }
+
+  void run_awaited() {
+    const std::function<void()> awaited = std::exchange(awaited_, nullptr);
+    if (!awaited) return;
+    ++depth();
+    awaited();
+    --depth();
+  }
 
   void start(unsigned i) {
     Fiber& fiber = *fibers_[i];
@@ -162,6 +201,7 @@ class Block {
   }
 
   const std::function<void()>* kernel_ = nullptr;
+  std::function<void()> awaited_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<Warp> warps_;
   std::vector<unsigned> order_;
@@ -176,14 +216,23 @@ inline void __syncthreads() {
   emulator::Block::current().barrier();
 }
 inline void __threadfence() {}
+inline void cudaTriggerProgrammaticLaunchCompletion() {}
+inline void cudaGridDependencySynchronize() {
+  emulator::Block::current().await();
+}
 template <class Number>
 Number __shfl_xor_sync(unsigned mask, Number number, int lane_xor) {
   return emulator::Block::current().shuffle(mask, number, static_cast<unsigned>(lane_xor));
 }
-inline int atomicAdd(int* to, int number) {
-  const int before = *to;
-  *to += number;
-  return before;
+template <class Number>
+Number atomicAdd(Number* to, Number number) {
+  return std::exchange(*to, *to + number);
+}
+inline int atomicMin(int* to, int number) {
+  return std::exchange(*to, std::min(*to, number));
+}
+inline int atomicMax(int* to, int number) {
+  return std::exchange(*to, std::max(*to, number));
 }
 template <class Number>
 Number __ldcg(const Number* from) {

@@ -1,0 +1,28 @@
+// decay_native on CUDA: as measure.cu, and one launch more.
+#include "decay.h"
+#include "device.h"
+
+namespace convnorm::cuda {
+namespace {
+
+void decay_cuda(std::vector<Tensor> weights, std::vector<Tensor> grads, Tensor norms, Tensor winners, Tensor signs,
+                Tensor channels, Tensor clock, Tensor rates, double momentum, std::vector<int64_t> plan, bool linf,
+                bool measured) {
+  const Step step{norms, winners, signs, channels, clock, rates, momentum, linf, measured};
+  std::vector<Tensor> all{norms, winners, signs, channels, clock, rates};
+  all.insert(all.end(), weights.begin(), weights.end());
+  for (const Tensor& grad : grads)
+    if (grad.numel() > 0) all.push_back(grad);
+  const int32_t device = device_of(all);
+  const DeviceGuard guard(device);
+  const Stream stream(device);
+  const auto measure = [&](const auto&... network) { return measure_on(stream, network...); };
+  decay(weights, grads, step, plan, TermCut{kTermBlocks * stream.processors()}, measure, stream);
+}
+
+}  // namespace
+}  // namespace convnorm::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(convnorm, CUDA, m) {
+  m.impl("decay_native", TORCH_BOX(&convnorm::cuda::decay_cuda));
+}

@@ -1,0 +1,276 @@
+// decay_native on a GPU, but for the launching itself, as in measure.h: after the measurement one launch for all layers
+// of all dtypes, or a few, where they do not fit into one argument or some have the same gradient.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <iterator>
+
+#include "describe.h"
+#include "terms.h"
+
+namespace convnorm::cuda {
+
+// What Momentum holds (see convnorm/momentum.py) and what a step is told beside it.
+struct Step {
+  Tensor norms, winners, signs, channels, clock, rates;
+  double momentum;
+  bool linf, measured;
+};
+
+// How finely to cut. (Tests cut otherwise.)
+struct TermCut {
+  int64_t blocks;           // so many the device can hold at a time
+  int64_t share_terms = 8;  // of a moving average, for each of the blocks that share it
+};
+
+// A layer that has no places for its lists yet.
+struct DescribedSlices {
+  Slices slices;
+  Numbers windows, merged, holders;
+  uintptr_t begin = 0, end = 0;  // of the memory in which the gradient lies
+};
+
+inline Strides strides_of(const Tensor& tensor, const LayerPlan& plan, bool columns) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  Strides all{
+      sizes[0] / plan.groups * strides[0], columns ? strides[1] : strides[0], columns ? strides[0] : strides[1], {}};
+  for (size_t i = 2; i < sizes.size(); ++i) all.axes[kAxes + i - sizes.size()] = strides[i];
+  return all;
+}
+
+inline void check_layer(const Tensor& weight, const Tensor& grad, const LayerPlan& plan) {
+  const auto sizes = weight.sizes(), grad_sizes = grad.sizes();
+  bool fits = sizes.size() == plan.kernel.size() + 2 && plan.groups > 0 && sizes[0] % plan.groups == 0;
+  for (size_t i = 0; fits && i < plan.kernel.size(); ++i) fits = sizes[i + 2] == plan.kernel[i];
+  STD_TORCH_CHECK(fits, "convnorm: the plan is of another weight");
+  STD_TORCH_CHECK(weight.numel() > 0, "convnorm: weight is empty");
+  const bool same = std::equal(sizes.begin(), sizes.end(), grad_sizes.begin(), grad_sizes.end());
+  STD_TORCH_CHECK(same || grad.numel() == 0, "convnorm: the gradient is of another weight");
+  for (const Tensor* tensor : {&weight, &grad}) {
+    const ScalarType dtype = tensor->scalar_type();
+    const bool floating = dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::Half ||
+                          dtype == ScalarType::BFloat16;
+    STD_TORCH_CHECK(floating || tensor->numel() == 0,
+                    "convnorm: weight and gradient must be float64, float32, float16 or bfloat16");
+  }
+}
+
+// Where the memory ends that the tensor lies in.
+inline uintptr_t end_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  int64_t last = 0;
+  for (size_t i = 0; i < sizes.size(); ++i) last += (sizes[i] - 1) * strides[i];
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) +
+         static_cast<uintptr_t>((last + 1) * size_of(tensor.scalar_type()));
+}
+
+// None where the slice is too large for the kernel.
+inline std::optional<DescribedSlices> describe_slices(const Tensor& weight, const Tensor& grad, const LayerPlan& plan,
+                                                      bool columns) {
+  check_layer(weight, grad, plan);
+  const auto sizes = weight.sizes();
+  int64_t taps = 1;
+  for (int64_t k : plan.kernel) taps *= k;
+  const int64_t rows = sizes[0] / plan.groups, others = columns ? rows : sizes[1],
+                per_group = columns ? sizes[1] : rows;
+  const Lists& windows = columns ? plan.inputs : plan.outputs;
+  STD_TORCH_CHECK(!windows.empty(), "convnorm: the plan is empty");
+  const auto counts = plan.merges ? static_cast<int64_t>(plan.merged.size()) : taps;
+  if (counts > kMostCounts || others >= kMostNumbers / taps || plan.groups >= kMostNumbers / per_group)
+    return std::nullopt;
+
+  DescribedSlices described{};
+  Slices& slices = described.slices;
+  slices.weight = weight.const_data_ptr();
+  slices.weight_dtype = weight.scalar_type();
+  slices.weight_strides = strides_of(weight, plan, columns);
+  slices.length = static_cast<int32_t>(others * taps);
+  slices.per_group = static_cast<int32_t>(per_group);
+  slices.taps = static_cast<int32_t>(taps);
+  const size_t axes = plan.kernel.size();
+  slices.sizes[0] = axes > 1 ? static_cast<int32_t>(plan.kernel[axes - 2]) : 1;
+  slices.sizes[1] = axes > 0 ? static_cast<int32_t>(plan.kernel[axes - 1]) : 1;
+  if (grad.numel() > 0) {
+    slices.grad = grad.mutable_data_ptr();
+    slices.grad_dtype = grad.scalar_type();
+    slices.grad_strides = strides_of(grad, plan, columns);
+    described.begin = reinterpret_cast<uintptr_t>(slices.grad);
+    described.end = end_of(grad);
+  }
+
+  if (plan.merges) {
+    Lists holders(static_cast<size_t>(taps));
+    for (size_t a = 0; a < plan.merged.size(); ++a)
+      for (int32_t tap : plan.merged[a]) holders[tap].push_back(static_cast<int32_t>(a));
+    described.windows = pack(windows);
+    described.merged = pack(plan.merged);
+    described.holders = pack(holders);
+  } else {
+    Lists of_taps = windows;
+    for (auto& window : of_taps)
+      for (int32_t& a : window) a = plan.merged[a][0];
+    described.windows = pack(of_taps);
+  }
+  return described;
+}
+
+// Layers that one launch can serve.
+class TermBatch {
+ public:
+  explicit TermBatch(int32_t first_layer) : first_layer_(first_layer) {}
+
+  // False, and nothing is added, where there is no room in the argument, or another layer here has the same gradient.
+  bool add(const DescribedSlices& described) {
+    const size_t more = lists_.growth({&described.windows, &described.merged, &described.holders});
+    if (bytes(layers_.size() + 1, lists_.numbers().size() + more) > Decay<kLargeNetwork>::kBytes) return false;
+    if (described.slices.grad) {
+      const auto next = grads_.lower_bound(described.end);  // that begins past it; one before may reach over here
+      if (next != grads_.begin() && std::prev(next)->second > described.begin) return false;
+      grads_.emplace(described.begin, described.end);
+    }
+    Slices slices = described.slices;
+    slices.windows = lists_.place(described.windows);
+    slices.merged = lists_.place(described.merged);
+    slices.holders = lists_.place(described.holders);
+    layers_.push_back(slices);
+    return true;
+  }
+
+  template <int kSize>
+  bool fits() const {
+    return bytes(layers_.size(), lists_.numbers().size()) <= Decay<kSize>::kBytes;
+  }
+
+  int64_t elements() const {
+    int64_t elements = 0;
+    for (const Slices& slices : layers_) elements += slices.length;
+    return elements;
+  }
+
+  template <int kSize>
+  void pack(Decay<kSize>& decay) const {
+    decay.layers = static_cast<int32_t>(layers_.size());
+    decay.first_layer = first_layer_;
+    Numbers first_block{0};
+    for (const Slices& slices : layers_)
+      first_block.push_back(first_block.back() +
+                            static_cast<int32_t>(ceil_div(slices.length, decay.piece)) * decay.shares);
+    append(append(append(decay.bytes, layers_), first_block), lists_.numbers());
+  }
+
+ private:
+  static int64_t bytes(size_t layers, size_t lists) {
+    return static_cast<int64_t>(layers * sizeof(Slices) + (layers + 1 + lists) * sizeof(int32_t));
+  }
+
+  const int32_t first_layer_;
+  std::vector<Slices> layers_;
+  SharedLists lists_;
+  std::map<uintptr_t, uintptr_t> grads_;  // where the memory of each begins and ends
+};
+
+// None where a layer is too much for the kernel. `length` becomes that of a term.
+inline std::optional<std::vector<TermBatch>> term_batches(const std::vector<Tensor>& weights,
+                                                          const std::vector<Tensor>& grads, const Plan& plan, bool linf,
+                                                          int64_t& length) {
+  std::vector<TermBatch> batches;
+  length = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    auto described = describe_slices(weights[i], grads[i], plan[i], linf == plan[i].transposed);
+    if (!described) return std::nullopt;
+    described->slices.first = length;
+    length += described->slices.length;
+    if (!batches.empty() && batches.back().add(*described)) continue;
+    batches.emplace_back(static_cast<int32_t>(i));
+    if (!batches.back().add(*described)) return std::nullopt;
+  }
+  return batches;
+}
+
+inline void check_state(const Step& step, int64_t layers, int64_t length) {
+  const int64_t terms = step.signs.size(0);
+  const ScalarType norms = step.norms.scalar_type(), signs = step.signs.scalar_type();
+  bool fits = norms == ScalarType::Float || norms == ScalarType::Double;
+  fits &= signs == ScalarType::Char || signs == ScalarType::Int;
+  for (const Tensor* longs : {&step.winners, &step.channels, &step.clock})
+    fits &= longs->scalar_type() == ScalarType::Long;
+  fits &= step.rates.scalar_type() == ScalarType::Double && terms > 0;
+  const std::array<std::pair<const Tensor*, int64_t>, 6> sizes{{{&step.norms, layers},
+                                                                {&step.winners, 2 * layers},
+                                                                {&step.signs, terms * length},
+                                                                {&step.channels, terms * layers},
+                                                                {&step.clock, 1},
+                                                                {&step.rates, layers}}};
+  for (const auto& [tensor, size] : sizes) fits &= tensor->numel() == size && tensor->is_contiguous();
+  STD_TORCH_CHECK(fits, "convnorm: the state of norm decay is of other weights");
+}
+
+template <int kSize, class Device>
+void launch_terms(const TermBatch& batch, const Step& step, const Result* result, const TermCut& cut, bool last,
+                  bool follows, const Device& device) {
+  Decay<kSize> decay;
+  decay.norms = step.norms.mutable_data_ptr();
+  decay.winners = static_cast<int64_t*>(step.winners.mutable_data_ptr());
+  decay.signs = step.signs.mutable_data_ptr();
+  decay.channels = static_cast<int64_t*>(step.channels.mutable_data_ptr());
+  decay.clock = static_cast<int64_t*>(step.clock.mutable_data_ptr());
+  decay.new_norms = result ? (step.linf ? result->linf : result->l1).const_data_ptr() : nullptr;
+  decay.new_winners =
+      result ? static_cast<const int64_t*>(result->winners.const_data_ptr()) + (step.linf ? 2 : 0) : decay.winners;
+  decay.winner_step = result ? 4 : 2;
+  decay.rates = static_cast<const double*>(step.rates.const_data_ptr());
+  decay.momentum = step.momentum;
+  decay.terms = static_cast<int32_t>(step.signs.size(0));
+  decay.length = step.signs.size(1);
+  decay.all_layers = static_cast<int32_t>(step.norms.numel());
+  decay.norms_double = step.norms.scalar_type() == ScalarType::Double;
+  decay.signs_wide = step.signs.scalar_type() == ScalarType::Int;
+  decay.advances = last;
+  decay.share_terms = static_cast<int32_t>(cut.share_terms);
+  decay.shares = static_cast<int32_t>(ceil_div(decay.terms, cut.share_terms));
+  const int64_t rounds = ceil_div(batch.elements() * decay.shares, cut.blocks * kTermThreads);
+  decay.piece = static_cast<int32_t>(std::min(rounds * kTermThreads, kMostNumbers));
+  batch.pack(decay);
+  device.launch(add_terms_kernel<kSize>, decay.first_block()[decay.layers], kTermThreads, decay, follows);
+}
+
+// Plain PyTorch, for what is too much for the kernels.
+inline void decay_reference(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, const Step& step,
+                            const std::vector<int64_t>& plan) {
+  namespace stable = torch::stable::detail;
+  std::array<StableIValue, 12> stack{stable::from(weights),      stable::from(grads),      stable::from(step.norms),
+                                     stable::from(step.winners), stable::from(step.signs), stable::from(step.channels),
+                                     stable::from(step.clock),   stable::from(step.rates), stable::from(step.momentum),
+                                     stable::from(plan),         stable::from(step.linf),  stable::from(step.measured)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("convnorm::decay_reference", "", stack.data(), TORCH_ABI_VERSION));
+}
+
+// measure(weights, plan, result) is measure_batches(), on the device.
+template <class Measure, class Device>
+void decay(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, const Step& step,
+           const std::vector<int64_t>& numbers, const TermCut& cut, const Measure& measure, const Device& device) {
+  const auto plan = read_plan(numbers);
+  STD_TORCH_CHECK(!weights.empty() && plan->size() == weights.size() && grads.size() == weights.size(),
+                  "convnorm: the plan or the gradients are of other weights");
+  const auto layers = static_cast<int64_t>(weights.size());
+  int64_t length = 0;
+  const auto batches = term_batches(weights, grads, *plan, step.linf, length);
+  if (!batches || step.signs.size(0) > kMostTerms) return decay_reference(weights, grads, step, numbers);
+  check_state(step, layers, length);
+  std::optional<Result> result;
+  if (!step.measured) {
+    result = new_result(weights, *plan, {layers});
+    STD_TORCH_CHECK(result->l1.scalar_type() == step.norms.scalar_type(),
+                    "convnorm: the state of norm decay is of weights of another dtype");
+    if (!measure(weights, *plan, *result)) return decay_reference(weights, grads, step, numbers);
+  }
+  for (const TermBatch& batch : *batches) {
+    const bool first = &batch == &batches->front(), last = &batch == &batches->back();
+    const auto launch =
+        batch.fits<kSmallNetwork>() ? launch_terms<kSmallNetwork, Device> : launch_terms<kLargeNetwork, Device>;
+    launch(batch, step, result ? &*result : nullptr, cut, last, first && result, device);
+  }
+}
+
+}  // namespace convnorm::cuda
