@@ -3,9 +3,14 @@
 from . import optim as optim
 from .backends import backends as backends
 from .backends import use_backend as use_backend
+from .constrain import Projection as Projection
+from .constrain import constrain as constrain
+from .constrain import project_ as project_
+from .constrain import project_batch_norms_ as project_batch_norms_
 from .decay import NormDecay as NormDecay
 from .geometry import GeometryError as GeometryError
 from .norms import Norms as Norms
 from .norms import norms as norms
 from .norms import subgradient as subgradient
 from .norms import witness as witness
+from .project import project as project

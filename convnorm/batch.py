@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from . import library
-from .geometry import GeometryError
-from .layers import Use
+from .layers import Use, naming
 from .momentum import no_momentum, slice_lengths
 from .plan import LayerPlan, read_plan
-
-
-@contextmanager
-def naming(layer: str) -> Iterator[None]:
-    """Errors within name the layer."""
-    try:
-        yield
-    except GeometryError as error:
-        raise GeometryError(f"{error}, in layer {layer!r}") from None
+from .reference import result_dtype
 
 
 def plan_of(use: Use) -> LayerPlan:
@@ -37,6 +27,8 @@ def weight_of(use: Use) -> nn.Parameter:
             f"convnorm: the weight of layer {use.name!r} is computed from other parameters (by a parametrization): "
             "add penalty() to the loss instead of step(), or exclude it"
         )
+    if weight.is_meta:
+        raise RuntimeError(f"convnorm: the weight of layer {use.name!r} is on device meta: give it values first")
     return weight
 
 
@@ -69,6 +61,9 @@ class Batch:
     def step(self, scale: float | Tensor, measured: bool = False) -> None:
         """grads += scale * rates * h"""
         grads = [self._no_grad if weight.grad is None else weight.grad for weight in self.weights]
+        for use, grad in zip(self.uses, grads, strict=True):
+            if grad.layout is not torch.strided:
+                raise RuntimeError(f"convnorm: the gradient of layer {use.name!r} is {grad.layout}, it must be strided")
         rates = self.rates if isinstance(scale, (int, float)) and scale == 1 else self.rates * scale
         library.decay(self.weights, grads, self.state, rates, self.momentum, self.plan, self.linf, measured)
 
@@ -77,7 +72,8 @@ class Batch:
         return [i for i, use in enumerate(self.uses) if use.module._parameters.get("weight") is not self.weights[i]]
 
     def is_current(self) -> bool:
-        return self.weights[0].device == self.rates.device and not self.replaced()
+        held = self.weights[0].device == self.rates.device and result_dtype(self.weights) == self.norms.dtype
+        return held and not self.replaced()
 
     def remembered(self, i: int) -> dict[str, Tensor]:
         """What is remembered of layer i, as views."""

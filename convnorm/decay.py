@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import library
-from .batch import Batch, fits, naming, plan_of, weight_of
-from .layers import LAYERS, Use, Watch, as_layer, observe
+from .batch import Batch, fits, plan_of, weight_of
+from .layers import LAYERS, Use, Watch, as_layer, naming, observe
 from .momentum import count_terms
 from .released import takes_part
-from .sharded import Place, is_dtensor, kind_of, place_of, refuse_sharded
+from .sharded import Place, is_dtensor, kind_of, place_of, refuse_sharded, reshard
 
 Beta = float | Mapping[str, float] | Callable[[int], float | Mapping[str, float]]
 MOST_TERMS = 2048
@@ -289,6 +289,8 @@ class NormDecay:
     def batches(self) -> list[Batch]:
         """The batches, of the weights that the layers have now."""
         self._know_layers()
+        if not all(batch.is_current() for batch in self._batches) or not self._batches:
+            reshard(self._model)
         if not self._batches:
             self._bind()
         elif not all(batch.is_current() for batch in self._batches):

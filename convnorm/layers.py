@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
@@ -171,6 +172,15 @@ class Use:
         return replace(layer, output_padding=extra)
 
 
+@contextmanager
+def naming(layer: str) -> Iterator[None]:
+    """Errors within say which layer of a model they are of."""
+    try:
+        yield
+    except GeometryError as error:
+        raise GeometryError(f"convnorm: layer {layer!r}: {str(error).removeprefix('convnorm: ')}") from error
+
+
 class Watch:
     """Sees which layers of a model run, at which input sizes, until it is closed.
 
@@ -215,8 +225,10 @@ def observe(model: nn.Module, *inputs: Tensor | Sequence[int]) -> list[Use]:
     >>> [(use.name, use.in_shape) for use in observe(model, [1, 3, 8, 8])]
     [('0', (8, 8)), ('2', ())]
     """
-    if any(nn.parameter.is_lazy(tensor) for tensor in chain(model.parameters(), model.buffers())):
-        raise GeometryError("convnorm: weight is not initialised yet: run the model once")
+    for name, module in model.named_modules():
+        own = chain(module.parameters(recurse=False), module.buffers(recurse=False))
+        if any(nn.parameter.is_lazy(tensor) for tensor in own):
+            raise GeometryError(f"convnorm: weight of layer {name!r} is not initialised yet: run the model once")
     watch = Watch(model)
     before = [(module, dict(vars(module))) for module in model.modules()]
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))

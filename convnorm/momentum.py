@@ -70,9 +70,14 @@ def count_terms(momentum: float, dtype: torch.dtype = torch.float32) -> int:
 def slice_lengths(weights: Sequence[Tensor], layers: Sequence[LayerPlan], linf: bool) -> list[int]:
     """Elements of a slice of each layer: [rows, *taps] of a column, or [columns, *taps] of a row."""
     return [
-        as_matrix(weight, layer)[0].select(int(linf == layer.transposed), 0).numel()
+        math.prod(_slice_shape(weight, layer, linf == layer.transposed))
         for weight, layer in zip(weights, layers, strict=True)
     ]
+
+
+def _slice_shape(weight: Tensor, layer: LayerPlan, column: bool) -> list[int]:
+    _, rows, columns, *taps = as_matrix(weight, layer).shape
+    return [rows if column else columns, *taps]
 
 
 def largest_count(layer: LayerPlan, column: bool) -> int:
@@ -111,20 +116,31 @@ def decay_reference(
     layers = read_plan(plan)
     slot = clock % len(signs)
     channels.index_copy_(0, slot, winners[None, :, 0])
-    begin = 0
-    for i, length in enumerate(slice_lengths(weights, layers, linf)):
+    for i, ring in enumerate(signs.split(slice_lengths(weights, layers, linf), 1)):
         column = linf == layers[i].transposed
-        part = winning_slice(weights[i], layers[i], winners[i], column)
-        term = slice_subgradient(part, layers[i], winners[i], column)
-        ring = signs.narrow(1, begin, length)
-        ring.index_copy_(0, slot, term.reshape(1, -1).to(signs.dtype))
+        write_term(weights[i], layers[i], column, winners[i], ring, slot)
         if grads[i].numel():
-            _add_terms(grads[i], layers[i], column, ring, channels[:, i], slot, rates[i], momentum)
-        begin += length
+            add_terms(grads[i], layers[i], column, ring, channels[:, i], slot, rates[i], momentum)
     clock += 1
 
 
-def _add_terms(
+def write_term(
+    weight: Tensor,
+    layer: LayerPlan,
+    column: bool,
+    winner: Tensor,
+    ring: Tensor,
+    slot: Tensor,
+    mask: Tensor | None = None,
+) -> None:
+    """Write a layer's subgradient, times a ``mask`` of [rows (or columns)] or [], into its ring[terms, length]."""
+    term = slice_subgradient(winning_slice(weight, layer, winner, column), layer, winner, column)
+    if mask is not None:
+        term = term * mask.view(-1, *[1] * (term.dim() - 1))
+    ring.index_copy_(0, slot, term.reshape(1, -1).to(ring.dtype))
+
+
+def add_terms(
     grad: Tensor,
     layer: LayerPlan,
     column: bool,
@@ -143,5 +159,5 @@ def _add_terms(
     sums = (same * newest[:, None] * coefficients).to(dtype) @ ring.to(dtype)
     matrix = as_matrix(grad, layer)
     index = slice_index(grad, layer, channels.clamp(min=0)[:, None], column)
-    slices = sums.to(grad.dtype).view(len(ring), *matrix[0].select(int(column), 0).shape)
+    slices = sums.to(grad.dtype).view(len(ring), *_slice_shape(grad, layer, column))
     matrix.index_put_(index, slices, accumulate=True)

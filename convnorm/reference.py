@@ -35,13 +35,28 @@ def measure_layer(weight: Tensor, layer: LayerPlan) -> tuple[Tensor, Tensor, Ten
 
 def _largest(table: Tensor, windows: Sequence[Lists]) -> tuple[Tensor, Tensor]:
     """The largest sum over a channel and a window of ``table[groups, channels, *merged taps]``, and where it is."""
+    return largest(window_sums(table, windows))
+
+
+def window_sums(table: Tensor, windows: Sequence[Lists]) -> Tensor:
+    """[channels, windows] of ``table[groups, channels, *merged taps]``."""
     for axis_windows in windows:  # each turns the first remaining tap dimension into a last one of windows
         table = torch.stack([_sum_window(table.movedim(2, -1), window) for window in axis_windows], -1)
-    sums = table.reshape(table.shape[0] * table.shape[1], -1)  # [channels, windows]
+    return table.reshape(table.shape[0] * table.shape[1], -1)
+
+
+def largest(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of ``sums[channels, windows]``, and its channel and window."""
     best = sums.flatten().argmax()  # the first of equals; NaN counts as largest
     winner = torch.stack([best // sums.shape[1], best % sums.shape[1]])
     return sums.flatten().gather(0, best[None]).squeeze(0), winner
 
 
 def _sum_window(table: Tensor, window: Sequence[int]) -> Tensor:
-    return table[..., list(window)].sum(-1)  # a tap outside the window is not multiplied by 0: it may be NaN
+    """A tap outside the window is not multiplied by 0: it may be NaN. And no list of indices goes to the device, which
+    would have to be waited for.
+    """
+    step = window[1] - window[0] if len(window) > 1 else 1
+    if window and step > 0 and tuple(window) == tuple(range(window[0], window[-1] + 1, step)):
+        return table[..., window[0] : window[-1] + 1 : step].sum(-1)
+    return sum((table.select(-1, tap) for tap in window), table.new_zeros(table.shape[:-1]))

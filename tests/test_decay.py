@@ -275,7 +275,7 @@ def test_a_state_of_another_model_names_the_layer():
         ({"include": "nothing"}, "leave no layer"),
         ({"example": {"dropout": ()}}, "example names 'dropout'"),
         ({"example": [2, 4, 8, 8]}, r"input of \[2, 4, 8, 8\], in or after layer 'reflect'"),
-        ({"example": {"reflect": (1, 1)}, "include": "reflect"}, "in layer 'reflect'"),
+        ({"example": {"reflect": (1, 1)}, "include": "reflect"}, "layer 'reflect': padding"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(arguments, message):

@@ -233,6 +233,6 @@ def test_observe_gives_the_model_inputs_of_its_own_kind(device, dtype):
 
 def test_observe_refuses_weights_that_are_not_initialised_yet():
     model = nn.Sequential(nn.LazyConv1d(4, 3))
-    with pytest.raises(GeometryError, match="weight is not initialised"):
+    with pytest.raises(GeometryError, match="weight of layer '0' is not initialised"):
         observe(model, [1, 2, 8])
     assert model(torch.ones(1, 2, 8)).isfinite().all()

@@ -21,7 +21,7 @@ namespace {
 
 constexpr int64_t kBlockElements = 1 << 18;     // a megabyte of floats: worth handing to a thread
 constexpr int64_t kParallelElements = 1 << 15;  // with fewer, as in PyTorch, one thread is faster
-constexpr int64_t kPreparedElements = 1 << 14;  // what is prepared stays in the cache until it is read
+constexpr int64_t kPreparedElements = 1 << 15;  // what is prepared stays in the cache until it is read
 constexpr int64_t kLeastRows = 36;              // a block writes no more than a 36th of what it reads
 
 // Memory that begins with a line of the cache, so that no vector straddles two.
@@ -200,7 +200,7 @@ void accumulate(const Layer& layer, int64_t group, int64_t row, int64_t rows, vo
                 const Prepare& prepare) {
   const Matrix& matrix = layer.matrix;
   const int64_t own = layer.depthwise ? matrix.row_length() : matrix.row_stride;  // elements of a row
-  const int64_t most = std::max<int64_t>(1, kPreparedElements / own / kRowsAtOnce) * kRowsAtOnce;
+  const int64_t most = std::max<int64_t>(1, kPreparedElements / own / 4) * 4;
   for (int64_t done = 0; done < rows; done += most) {
     const int64_t some = std::min(most, rows - done);
     prepare(layer.index, group * matrix.group_stride + (row + done) * own, some * own);

@@ -1,0 +1,222 @@
+"""The nearest weight of bounded norm, for one layer: the operator ``convnorm::project`` and what is built on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.library import Library, register_fake
+
+from . import library
+from .ball import Ball, Face, ball_of, below, nearest, on_face, settle, tables_of
+from .geometry import GeometryError
+from .layers import Layer, as_layer
+
+IN_CACHE, IN_MEMORY = 1 << 16, 1 << 22  # weights, in float64, in a few tables as large, or at worst taps times as large
+
+lib = Library("convnorm", "FRAGMENT")
+lib.define(
+    "project(Tensor weight, Tensor bound, int[] plan, bool column) "
+    "-> (Tensor projected, Tensor signs, Tensor active, Tensor counts, Tensor merged)"
+)
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What is bounded: the columns or the rows of a layer's matrix, in each of the uses that ``plan`` lists."""
+
+    plan: tuple[int, ...]
+    column: bool
+    groups: int
+    channels: int
+    merges: bool
+    disjoint: bool
+
+
+def constraint_of(layers: Sequence[Layer], ord: float) -> Constraint:
+    """Of uses of one weight that bound the same of it."""
+    if ord not in (1, math.inf):
+        raise ValueError(f"convnorm: ord {ord!r} must be 1 or inf")
+    weight = layers[0].weight
+    if weight.is_meta:
+        raise GeometryError("convnorm: weight on device meta has no values to project")
+    if weight.dtype not in library.DTYPES or weight.layout is not torch.strided:
+        what = weight.dtype if weight.layout is torch.strided else weight.layout
+        raise GeometryError(f"convnorm: weight of {what} must be strided, of float64, float32, float16 or bfloat16")
+    plan = tuple(number for layer in layers for number in layer.plan.numbers)
+    column = (ord == 1) != layers[0].transposed
+    tables = tables_of(plan, column)
+    channels = layers[0].in_channels if ord == 1 else layers[0].out_channels
+    return Constraint(plan, column, layers[0].groups, channels, tables.merged is not None, tables.disjoint is not None)
+
+
+def bounds_of(bound: float | Tensor, channels: int, device: torch.device) -> Tensor:
+    """[channels], in float64; differentiable."""
+    bounds = torch.as_tensor(bound, dtype=torch.float64, device=device)
+    if bounds.shape not in ((), (channels,)):
+        raise GeometryError(
+            f"convnorm: bound of shape {list(bounds.shape)} must be one number, or one for each of {channels} channels"
+        )
+    check_bounds(bounds)
+    return bounds.expand(channels)
+
+
+def check_bounds(bounds: Tensor) -> None:
+    bad = bounds.detach()[~(bounds.detach() >= 0)]
+    if bad.numel():
+        raise GeometryError(f"convnorm: bound {bad[0].item()} must be at least 0")
+
+
+def project(
+    layer: nn.Module | Tensor,
+    in_shape: Sequence[int] = (),
+    *,
+    ord: float = 1,
+    bound: float | Tensor,
+    **options: Any,
+) -> Tensor:
+    """The weight nearest to a layer's whose l1 (``ord=1``) or linf (``ord=math.inf``) norm is at most ``bound``.
+
+        argmin ||w - weight||^2  such that  norm(w) <= bound
+
+    of the weight's shape and precision. The arguments are those of ``convnorm.norms``; ``bound`` is one number, or one
+    for each input channel (``ord=1``) or output channel (``ord=inf``). Differentiable in the weight and in the bound:
+    the derivative is that on the face of the ball where the projection lies, which is defined almost everywhere.
+
+    >>> project(torch.tensor([[3.0, -2.0, 0.5], [1.0, 0.0, 0.0]]), ord=math.inf, bound=2.0)
+    tensor([[ 1.5000, -0.5000,  0.0000],
+            [ 1.0000,  0.0000,  0.0000]])
+    """
+    one = as_layer(layer, in_shape, **options)
+    constraint = constraint_of([one], ord)
+    return project_weight(one.weight, bounds_of(bound, constraint.channels, one.weight.device), constraint)
+
+
+def project_weight(weight: Tensor, bounds: Tensor, constraint: Constraint) -> Tensor:
+    plan, column, groups = constraint.plan, constraint.column, constraint.groups
+    projected, signs, active, counts, merged = torch.ops.convnorm.project(weight, bounds, plan, column)
+    seen = torch.is_grad_enabled() and (weight.requires_grad or bounds.requires_grad)
+    if not seen and not _transformed():
+        return projected
+    # the same values, now linear functions of weight and bound
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    matrix = matrix_of(weight.to(wide), groups, column)
+    x0, bounds, face = _channels(matrix), bounds.to(wide), Face(signs, active)
+    if constraint.merges:  # this case takes large tables
+        some = active.any(1).nonzero().squeeze(1)
+        part = on_face(x0[some], bounds[some], Face(signs[some], active[some]), counts, merged)
+        linear = x0.index_copy(0, some, part)
+    else:
+        linear = on_face(x0, bounds, face, counts, disjoint=constraint.disjoint)
+    linear = linear.view(matrix.shape)
+    linear = (linear.transpose(1, 2) if column else linear).reshape(weight.shape)
+    return projected + (linear - linear.detach()).to(weight.dtype)
+
+
+def _transformed() -> bool:
+    """Inside ``torch.func`` or forward differentiation, where a tensor does not say whether it takes part."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def matrix_of(weight: Tensor, groups: int, column: bool) -> Tensor:
+    """[groups, channels, others, *taps], a view."""
+    matrix = weight.unflatten(0, (groups, -1))
+    return matrix.transpose(1, 2) if column else matrix
+
+
+def _channels(matrix: Tensor) -> Tensor:
+    """[channels, others, taps]"""
+    return matrix.reshape(matrix.shape[0] * matrix.shape[1], matrix.shape[2], -1)
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What the projection changes: ``matrix[index] = values``, with ``channels``, their numbers, and their face."""
+
+    index: tuple[Tensor, Tensor]
+    values: Tensor
+    channels: Tensor
+    face: Face
+
+
+def changes_of(matrix: Tensor, bounds: Tensor, ball: Ball) -> Iterator[Change]:
+    """The channels that exceed their bounds, some at a time: as many as a CPU's cache holds, or a GPU's memory."""
+    x = _channels(matrix)
+    norm = ball.sums(x).amax(1)
+    if not norm.isfinite().all():
+        bad = x[~x.isfinite()]
+        held = f"holds {bad[0].item()}" if bad.numel() else "is too large for float64 to add up"
+        raise GeometryError(f"convnorm: weight {held}: nothing of a bounded norm is nearest to it")
+    channels = (norm > bounds).nonzero().squeeze(1)
+    at_once = max(1, (IN_CACHE if x.is_cpu else IN_MEMORY) // x[0].numel())
+    for some in channels.split(at_once) if len(channels) else ():
+        index = some // matrix.shape[1], some % matrix.shape[1]
+        old = matrix[index]
+        values, face = _nearest(old.reshape(len(some), matrix.shape[2], -1), bounds[some], ball)
+        yield Change(index, values.view_as(old), some, face)
+
+
+def _nearest(x0: Tensor, bounds: Tensor, ball: Ball) -> tuple[Tensor, Face]:
+    """As the weights are stored: the projection of channels that exceed their bounds, which may be 0."""
+    shape = *x0.shape[:2], ball.counts.shape[1]
+    positive = (bounds > 0).nonzero().squeeze(1)
+    if len(positive) == len(bounds):
+        values, face = nearest(x0.double(), below(bounds, math.prod(shape[1:])), ball)
+    else:
+        values = x0.double().masked_fill(ball.counted, 0)
+        face = Face(
+            torch.zeros(shape, dtype=torch.int8, device=x0.device),
+            torch.ones(len(x0), len(ball.counts), dtype=torch.bool, device=x0.device),
+        )
+        if len(positive):
+            some, found = nearest(x0[positive].double(), below(bounds[positive], math.prod(shape[1:])), ball)
+            values[positive], face.signs[positive], face.active[positive] = some, found.signs, found.active
+    return settle(values, bounds, ball, x0.dtype), face
+
+
+@torch.no_grad()
+def _project(weight: Tensor, bound: Tensor, plan: Sequence[int], column: bool) -> tuple[Tensor, ...]:
+    """``projected`` and what ``on_face`` takes: signs[channels, others, merged taps], active[channels, windows],
+    counts[windows, merged taps] and merged[merged taps, taps], which is empty where nothing merges.
+    """
+    check_bounds(bound)
+    ball = ball_of(tuple(plan), column, weight.device)
+    outputs = projected, signs, active, counts, merged = _outputs(weight, plan, column)
+    projected.copy_(weight)
+    signs.zero_()
+    active.zero_()
+    counts.copy_(ball.counts)
+    if ball.merged is not None:
+        merged.copy_(ball.merged)
+    matrix = matrix_of(projected, plan[0], column)
+    for change in changes_of(matrix, bound, ball):
+        matrix[change.index] = change.values
+        signs[change.channels], active[change.channels] = change.face.signs, change.face.active
+    return outputs
+
+
+@register_fake("convnorm::project", lib=lib)
+def _fake_project(weight: Tensor, bound: Tensor, plan: Sequence[int], column: bool) -> tuple[Tensor, ...]:
+    return _outputs(weight, plan, column)
+
+
+def _outputs(weight: Tensor, plan: Sequence[int], column: bool) -> tuple[Tensor, ...]:
+    tables = tables_of(tuple(plan), column)
+    windows, merged_taps = tables.counts.shape
+    groups, channels, others, *taps = matrix_of(weight, plan[0], column).shape
+    return (
+        torch.empty_like(weight),
+        weight.new_empty(groups * channels, others, merged_taps, dtype=torch.int8),
+        weight.new_empty(groups * channels, windows, dtype=torch.bool),
+        weight.new_empty(windows, merged_taps, dtype=torch.float64),
+        weight.new_empty(0 if tables.merged is None else merged_taps, math.prod(taps), dtype=torch.float64),
+    )
+
+
+lib.impl("project", _project, "CompositeExplicitAutograd")
+lib.impl("project", torch.library.fallthrough_kernel, "Autograd")
