@@ -21,7 +21,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
     rows = config.stash.get(ROWS, [])
     if not rows:
         return
-    terminalreporter.section("both norms against a bare read of the weights")
+    terminalreporter.section("norms, norm decay and projections against a bare read of the weights")
     terminalreporter.write_line(table(rows))
     ended = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
     selected = terminalreporter.stats.get("deselected") or config.args_source is not pytest.Config.ArgsSource.TESTPATHS

@@ -18,13 +18,16 @@ import torch
 
 HERE = Path(__file__).parent
 LEGEND = """\
-`us` and `ratio` are medians, in brackets the 10th and 90th percentile. `ratio` is the time of both norms (`backward`:
-and of their gradient) to that of a bare read of the same weights, `weight.sum()` or a loop of it, taken by turns in
-blocks of equal length. The weights stay where they are from call to call: what fits into a cache is read from it. Only
-networks on a GPU go through sets of weights in rotation, more than its cache holds. `graph`: many calls replayed as one
-CUDA graph, and so is the bare read. `copy` is the ratio to reading the same bytes at the GPU's copy bandwidth. Budgets
-are what convnorm aims at for its compiled backends. `eager` and `compiled` (by `torch.compile`) are the
-paper's formula in PyTorch, which finds no winners."""
+`us` and `ratio` are medians, in brackets the 10th and 90th percentile. `ratio` is to what `to` says, taken by turns
+in blocks of equal length: `read`, a bare read of the same weights, `weight.sum()` or a loop of it; `SGD`, a step of
+`torch.optim.SGD(fused=True)`; `without`, the same training step without norm decay. `forward` is both norms,
+`backward` also their gradients; `decay step` one step of norm decay, for the l1 or the linf norm. `scattered`: at
+worst, when no two of its terms are of one channel. The weights stay where they are from call to call: what fits into
+a cache is read from it. Only the norms of networks on a GPU go through sets of weights in rotation, more than its
+cache holds. `graph`: many calls replayed as one CUDA graph, and so is the bare read. `copy` is the ratio to reading
+the same bytes at the GPU's copy bandwidth. Budgets are what convnorm aims at for its compiled backends. `eager` and
+`compiled` (by `torch.compile`) are the paper's formula in PyTorch, which finds no winners; `dense` is the paper's
+Algorithm 1 with whole tensors."""
 
 
 @dataclass(frozen=True)

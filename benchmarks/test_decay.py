@@ -152,6 +152,20 @@ def test_sgd(count, ord, benchmark, rows, seconds):
 
 
 @pytest.mark.parametrize("ord", ORDS)
+@pytest.mark.parametrize("count", [1, 2], ids=lambda count: f"threads{count}")
+def test_projection(count, ord, benchmark, rows, seconds):
+    """Of weights that are within their bounds: what a step costs when it has nothing to do."""
+    model = network()
+    projection = convnorm.Projection(model, [1, 3, 224, 224], ord=ORDS[ord], bound=1e6)
+    weights = [use.module.weight for use in norm_decay(model, ord).uses]
+    with threads(count):
+        contending, read = block([projection.step], "cpu"), block([bare_read(weights)], "cpu")
+        by_turns(benchmark, contending, [read], seconds)
+    times, against = Quantiles.of([1e6 * s for s in contending.seconds]), ratios(contending.seconds, read.seconds)
+    rows.append(Row("resnet18", f"projection, {ord}", "native", "cpu", count, False, times, against))
+
+
+@pytest.mark.parametrize("ord", ORDS)
 def test_training_step(ord, benchmark, rows, seconds):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images, labels = torch.randn(IMAGES, device=device), torch.randint(1000, IMAGES[:1], device=device)

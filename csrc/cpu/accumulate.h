@@ -19,13 +19,33 @@ constexpr int64_t kMostRows = 120;
 
 enum class Number { kFloat, kDouble, kHalf, kBFloat16, kCount };
 
+// A step of stochastic gradient descent on a stretch of a weight, as torch.optim.SGD has it.
+struct SgdStretch {
+  void* weight;
+  const void* grad;
+  void* buffer;  // of the momentum; null: none
+  int64_t length;
+  double rate, momentum, dampening, weight_decay;
+  bool nesterov, maximize, first;
+
+  SgdStretch part(int64_t begin, int64_t count, int64_t element_bytes) const {
+    SgdStretch some = *this;
+    some.weight = static_cast<char*>(weight) + begin * element_bytes;
+    some.grad = static_cast<const char*>(grad) + begin * element_bytes;
+    if (buffer) some.buffer = static_cast<char*>(buffer) + begin * element_bytes;
+    some.length = count;
+    return some;
+  }
+};
+
 // Rows whose entries are one stretch of memory. Their sums are taken over `segments` equal parts of it, or, where
 // `period` is more than 1, over every period-th entry. With period 1 either sums may be left out: null.
 struct DenseBlock {
   const void* data;
   int64_t rows, row_stride, length, segments, period;
-  void* column_sums;  // Sum[padded(length)], in the order of the memory; added to
-  double* row_sums;   // [rows][segments * period]; added to
+  void* column_sums;                 // Sum[padded(length)], in the order of the memory; added to
+  double* row_sums;                  // [rows][segments * period]; added to
+  const SgdStretch* step = nullptr;  // with period 1: taken on these rows first, bit by bit, so that they are read once
 };
 
 // Any strides; taps merged or left out.
@@ -37,16 +57,6 @@ struct GeneralBlock {
   const int64_t* merged_of;    // taps
   void* column_sums;           // Sum[merged_taps][padded(columns)]; added to
   double* row_sums;            // [rows][merged_taps]; added to
-};
-
-// A step of stochastic gradient descent on a stretch of a weight, as torch.optim.SGD has it.
-struct SgdStretch {
-  void* weight;
-  const void* grad;
-  void* buffer;  // of the momentum; null: none
-  int64_t length;
-  double rate, momentum, dampening, weight_decay;
-  bool nesterov, maximize, first;
 };
 
 // The sum of a few terms of small integers, each times its coefficient: sum[i] = sum_t coefficients[t] * terms[t][i]
@@ -63,7 +73,7 @@ struct Kernels {
   void (*interleaved[static_cast<int>(Number::kCount)])(const DenseBlock&);   // segments 1
   void (*general[static_cast<int>(Number::kCount)][2])(const GeneralBlock&);  // [..][Sum is double]
   void (*sum_terms[2][2])(const TermSum&);                                    // [terms of int32_t][sum in double]
-  void (*sgd[2])(const SgdStretch&);                                          // [double]
+  void (*sgd[2])(const SgdStretch&);                                          // of kFloat and kDouble
   void (*combine_floats)(const float* tables, int64_t count, int64_t length, double* total);
   void (*combine_doubles)(const double* tables, int64_t count, int64_t length, double* total);
 };

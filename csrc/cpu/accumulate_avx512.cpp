@@ -1,6 +1,7 @@
 #if defined(__x86_64__)
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "accumulate.h"
 

@@ -248,7 +248,7 @@ void sgd_cpu(std::vector<Tensor> weights, std::vector<Tensor> grads, std::vector
                       norms.numel() == static_cast<int64_t>(layers) && winners.numel() == 2 * norms.numel() &&
                       rates.size() == 4 * layers && flags.size() == layers,
                   "convnorm: the state is that of other weights");
-  std::vector<SgdStretch> whole;
+  std::vector<SgdStretch> steps;
   for (size_t i = 0; i < layers; ++i) {
     const bool has_momentum = buffers[i].numel() > 0;
     const ScalarType dtype = weights[i].scalar_type();
@@ -260,21 +260,11 @@ void sgd_cpu(std::vector<Tensor> weights, std::vector<Tensor> grads, std::vector
             tensor->is_contiguous() && tensor->numel() == weights[i].numel() && tensor->scalar_type() == dtype,
             "convnorm: weight, gradient and momentum must be contiguous and alike");
     const double* rate = &rates[4 * i];
-    whole.push_back({weights[i].mutable_data_ptr(), grads[i].const_data_ptr(),
+    steps.push_back({weights[i].mutable_data_ptr(), grads[i].const_data_ptr(),
                      has_momentum ? buffers[i].mutable_data_ptr() : nullptr, 0, rate[0], rate[1], rate[2], rate[3],
                      (flags[i] & 1) != 0, (flags[i] & 2) != 0, (flags[i] & 4) != 0});
   }
-  const auto prepare = [&](size_t layer, int64_t begin, int64_t length) {
-    SgdStretch some = whole[layer];
-    const bool wide = weights[layer].scalar_type() == ScalarType::Double;
-    const int64_t bytes = begin * (wide ? 8 : 4);
-    some.weight = static_cast<char*>(some.weight) + bytes;
-    some.grad = static_cast<const char*>(some.grad) + bytes;
-    if (some.buffer) some.buffer = static_cast<char*>(some.buffer) + bytes;
-    some.length = length;
-    kernels().sgd[wide](some);
-  };
-  take_norms(measure(weights, *plan, linf ? Norms::kLinf : Norms::kL1, prepare), linf, norms, winners);
+  take_norms(measure(weights, *plan, linf ? Norms::kLinf : Norms::kL1, steps.data()), linf, norms, winners);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #ifndef CONVNORM_VECTOR_BYTES
 #error "the including file says how wide its vectors are"

@@ -21,7 +21,6 @@ namespace {
 
 constexpr int64_t kBlockElements = 1 << 18;     // a megabyte of floats: worth handing to a thread
 constexpr int64_t kParallelElements = 1 << 15;  // with fewer, as in PyTorch, one thread is faster
-constexpr int64_t kPreparedElements = 1 << 15;  // what is prepared stays in the cache until it is read
 constexpr int64_t kLeastRows = 36;              // a block writes no more than a 36th of what it reads
 
 // Memory that begins with a line of the cache, so that no vector straddles two.
@@ -45,7 +44,7 @@ class Table {
 };
 
 struct Layer {
-  size_t index;
+  const SgdStretch* step;  // to be taken on it first; null: none
   Matrix matrix;
   const LayerPlan* plan;
   Number number;
@@ -185,9 +184,17 @@ void accumulate(const Layer& layer, int64_t group, int64_t row, int64_t rows, vo
   const int number = static_cast<int>(layer.number);
   const int64_t size = layer.number == Number::kDouble ? 8 : layer.number == Number::kFloat ? 4 : 2;
   const void* data = static_cast<const char*>(matrix.data) + offset * size;
+  SgdStretch step{};
+  if (layer.step) step = layer.step->part(offset, rows * matrix.row_length(), size);
   const Kernels& all = kernels();
+  if (layer.dense && layer.period == 1) {
+    all.dense[number]({data, rows, matrix.row_stride, matrix.row_length(), layer.segments, layer.period, table,
+                       row_sums, layer.step ? &step : nullptr});
+    return;
+  }
+  if (layer.step) all.sgd[layer.number == Number::kDouble](step);
   if (layer.dense)
-    (layer.period > 1 ? all.interleaved : all.dense)[number](
+    all.interleaved[number](
         {data, rows, matrix.row_stride, matrix.row_length(), layer.segments, layer.period, table, row_sums});
   else
     all.general[number][layer.wide]({data, rows, matrix.row_stride, matrix.columns, matrix.column_stride,
@@ -195,21 +202,8 @@ void accumulate(const Layer& layer, int64_t group, int64_t row, int64_t rows, vo
                                      layer.merged.data(), layer.merged_of.data(), table, row_sums});
 }
 
-// A few rows at a time, each prepared before they are read.
-void accumulate(const Layer& layer, int64_t group, int64_t row, int64_t rows, void* table, double* row_sums,
-                const Prepare& prepare) {
-  const Matrix& matrix = layer.matrix;
-  const int64_t own = layer.depthwise ? matrix.row_length() : matrix.row_stride;  // elements of a row
-  const int64_t most = std::max<int64_t>(1, kPreparedElements / own / 4) * 4;
-  for (int64_t done = 0; done < rows; done += most) {
-    const int64_t some = std::min(most, rows - done);
-    prepare(layer.index, group * matrix.group_stride + (row + done) * own, some * own);
-    accumulate(layer, group, row + done, some, table, row_sums ? row_sums + done * layer.row_step() : nullptr);
-  }
-}
-
 template <class Sum>
-void run(Item& item, Sum* scratch, const Prepare& prepare) {
+void run(Item& item, Sum* scratch) {
   const Layer& layer = *item.layer;
   const int64_t columns = layer.sums_columns ? layer.table_length() : 0;
   const int64_t rows = layer.sums_rows ? item.rows * layer.row_step() : 0;
@@ -221,10 +215,7 @@ void run(Item& item, Sum* scratch, const Prepare& prepare) {
     Sum* table = !layer.sums_columns ? nullptr : item.table < 0 ? own_table : scratch + item.table;
     std::fill(table, table + columns, Sum(0));
     std::fill(row_sums, row_sums + rows, 0.0);
-    if (prepare)
-      accumulate(layer, group, item.row, item.rows, table, row_sums, prepare);
-    else
-      accumulate(layer, group, item.row, item.rows, table, row_sums);
+    accumulate(layer, group, item.row, item.rows, table, row_sums);
     if (layer.sums_columns && item.table < 0) item.column.offer(best_column(layer, layer.plan->inputs, table, group));
     if (layer.depthwise)
       item.row_best.offer(best_column(layer, layer.plan->outputs, table, group));
@@ -266,7 +257,7 @@ void for_each_item(std::vector<Item>& items, bool parallel, const Work& work) {
 }  // namespace
 
 std::vector<LayerNorms> measure(const std::vector<Tensor>& weights, const Plan& plan, Norms norms,
-                                const Prepare& prepare) {
+                                const SgdStretch* steps) {
   std::vector<Layer> layers;
   std::vector<Item> items;
   layers.reserve(weights.size());
@@ -275,7 +266,7 @@ std::vector<LayerNorms> measure(const std::vector<Tensor>& weights, const Plan& 
   for (size_t i = 0; i < weights.size(); ++i) {
     layers.push_back(make_layer(weights[i], plan[i], norms));
     Layer& layer = layers.back();
-    layer.index = i;
+    layer.step = steps ? steps + i : nullptr;
     const Matrix& matrix = layer.matrix;
     elements += matrix.groups * matrix.rows * matrix.row_length();
     if (layer.blocks_per_group == 1) {
@@ -298,9 +289,8 @@ std::vector<LayerNorms> measure(const std::vector<Tensor>& weights, const Plan& 
   float* float_tables = float_memory.of_length(floats);
   double* double_tables = double_memory.of_length(doubles);
   const bool parallel = elements > kParallelElements;
-  for_each_item(items, parallel, [&](Item& item) {
-    item.layer->wide ? run(item, double_tables, prepare) : run(item, float_tables, prepare);
-  });
+  for_each_item(items, parallel,
+                [&](Item& item) { item.layer->wide ? run(item, double_tables) : run(item, float_tables); });
   if (partial)
     for_each_item(items, parallel, [&](Item& item) {
       if (item.table < 0 || item.row > 0 || !item.layer->sums_columns) return;

@@ -2,10 +2,10 @@
 #pragma once
 
 #include <cmath>
-#include <functional>
 #include <vector>
 
 #include "../matrix.h"
+#include "accumulate.h"
 
 namespace convnorm {
 
@@ -27,11 +27,9 @@ struct LayerNorms {
   Best l1, linf;
 };
 
-// `prepare(layer, begin, length)` is called for every stretch of a weight's memory, in elements, once, by the thread
-// that reads it next, while it is in that thread's cache. It is for weights whose elements are one stretch of memory.
-using Prepare = std::function<void(size_t layer, int64_t begin, int64_t length)>;
-
+// With `steps`, one for each weight, each block of a weight is measured right after its step, while it is in the cache.
+// That is for weights whose elements are one stretch of memory, contiguous.
 std::vector<LayerNorms> measure(const std::vector<Tensor>& weights, const Plan& plan, Norms norms,
-                                const Prepare& prepare = nullptr);
+                                const SgdStretch* steps = nullptr);
 
 }  // namespace convnorm
