@@ -60,7 +60,8 @@ class Batch:
 
     def step(self, scale: float | Tensor, measured: bool = False) -> None:
         """grads += scale * rates * h"""
-        grads = [self._no_grad if weight.grad is None else weight.grad for weight in self.weights]
+        given = [weight.grad if weight.requires_grad else None for weight in self.weights]
+        grads = [self._no_grad if grad is None else grad for grad in given]
         for use, grad in zip(self.uses, grads, strict=True):
             if grad.layout is not torch.strided:
                 raise RuntimeError(f"convnorm: the gradient of layer {use.name!r} is {grad.layout}, it must be strided")

@@ -54,6 +54,8 @@ class NormDecay:
     - A layer used at several input sizes is as many linear maps: each counts. So do layers that share a weight.
     - A layer without a gradient (frozen, or not used in this step) gets nothing, its average goes on.
     - A weight that a parametrization computes has no gradient to add to: ``penalty()`` takes it, ``step()`` refuses it.
+    - In distributed training every rank steps, with the same layers and sizes. Replicated (DDP) they all compute the
+      same; what ``fully_shard`` cut up is not gathered (``sharded.py`` says how), and each rank saves its own state.
     - ``variant="released"`` does what the authors' released code does.
     - After each step on a CPU an infinite or NaN norm is an error that names its layer. On a GPU to look would be to
       wait: there ``check()`` looks.
@@ -83,11 +85,15 @@ class NormDecay:
         self.uses: list[Use] = []
         self._batches: list[Batch] = []  # made at the first step
         self._pending: Mapping[str, Any] | None = None  # a state that was loaded before the layers were known
+        self._has_norms = False
         self._steps = 0  # what the schedule of beta has seen
         self.beta = beta
         self._watch = Watch(self._model) if example is None else None
         if example is not None:
             self._settle(_find(self._model, example))
+            weights = [use.module._parameters.get("weight") for use in self.uses]
+            if all(weight is not None and not weight.is_meta for weight in weights):
+                self.batches()  # now, not at the first step: torch.compile takes step() as it is
 
     # --- in the loop -------------------------------------------------------------------------------------------------
 
@@ -102,7 +108,8 @@ class NormDecay:
             self._steps += 1
         for batch in batches:
             batch.step(scale, batch in measured)
-        if not torch.compiler.is_compiling() and batches[0].norms.device.type == "cpu":
+        self._has_norms = True
+        if not torch.compiler.is_compiling() and all(batch.norms.is_cpu for batch in batches):
             self.check()
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
@@ -153,9 +160,8 @@ class NormDecay:
     @property
     def norms(self) -> dict[str, Tensor]:
         """The norms at the last step, by layer, on its device: nothing is read again, nothing waits."""
-        values = {
-            i: value for batch in self._batches for i, value in zip(batch.members, batch.norms.unbind(), strict=True)
-        }
+        batches = self._batches if self._has_norms else []
+        values = {i: norm for batch in batches for i, norm in zip(batch.members, batch.norms.clone(), strict=True)}
         return {label: values[i] for i, label in enumerate(self._labels()) if values}
 
     def check(self) -> None:
@@ -210,6 +216,7 @@ class NormDecay:
         if misfits := [label for label in layers if not fits(own[label], layers[label])]:
             raise ValueError(f"convnorm: the state does not fit layer {', '.join(map(repr, misfits))}")
         self._restore(layers, state["steps"])
+        self._has_norms = state["steps"] > 0
         if self._schedule is None:
             self.beta = state["beta"]
 
@@ -289,13 +296,17 @@ class NormDecay:
     def batches(self) -> list[Batch]:
         """The batches, of the weights that the layers have now."""
         self._know_layers()
-        if not all(batch.is_current() for batch in self._batches) or not self._batches:
-            reshard(self._model)
         if not self._batches:
+            reshard(self._model)
             self._bind()
-        elif not all(batch.is_current() for batch in self._batches):
-            self._follow()
+        elif not self._are_current():
+            reshard(self._model)
+            if not self._are_current():
+                self._follow()
         return self._batches
+
+    def _are_current(self) -> bool:
+        return all(batch.is_current() for batch in self._batches)
 
     def _bind(self) -> None:
         """Put layers that can be measured together into one batch: those in one place, every weight once."""
@@ -330,7 +341,7 @@ class NormDecay:
         weights = {use.name: use.module._parameters.get("weight") for use in self.uses}
         missing = [repr(name) for name, w in weights.items() if w is not None and w.requires_grad and id(w) not in held]
         if missing:
-            _warn(f"the optimizer does not hold the weight of layer {', '.join(missing)}: its decay goes nowhere")
+            _warn(f"the optimizer does not hold the weight of layer {', '.join(missing)}: only another optimizer could make use of its decay")
 
 
 def _find(model: nn.Module, example: Tensor | Sequence[Any] | Mapping[str, Sequence[int]]) -> list[Use]:

@@ -150,7 +150,7 @@ def add_terms(
     rate: Tensor,
     momentum: float,
 ) -> None:
-    """grad += rate h. All terms of a channel are added up before they meet the gradient: it is rounded once."""
+    """grad += rate h. All terms of a channel are added up before they meet the gradient."""
     dtype = torch.promote_types(grad.dtype, torch.float32)
     ages = (slot - torch.arange(len(ring), device=ring.device)) % len(ring)
     coefficients = torch.where(channels >= 0, rate * (1 - momentum) * momentum ** ages.double(), 0)

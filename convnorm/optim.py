@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
+from torch.utils._pytree import tree_leaves
 
 from .backends import backend_for
 from .batch import Batch
 from .decay import NormDecay
+from .sharded import is_dtensor
 
 
 class SGD(torch.optim.SGD):
@@ -37,7 +39,9 @@ class SGD(torch.optim.SGD):
     """
 
     def __init__(self, params: Any, *args: Any, norm_decay: NormDecay, **kwargs: Any) -> None:
-        super().__init__(params, *args, **{"fused": True} | kwargs)
+        params = list(params)
+        sharded = any(is_dtensor(leaf) for leaf in tree_leaves(params))  # for which PyTorch has no fused operator
+        super().__init__(params, *args, **{"fused": None if sharded else True} | kwargs)
         self.norm_decay = norm_decay
         norm_decay.warn_of_missing(self)
         self._versions: dict[Tensor, int] = {}  # of weights whose norms are known

@@ -38,6 +38,7 @@ class Released(Batch):
     def __init__(self, uses: Sequence[Use], members: Sequence[int], linf: bool, momentum: float) -> None:
         super().__init__(uses, members, linf, momentum=0)  # no terms
         self.momentum = momentum
+        self._layers = [(layer, layer.numbers) for layer in read_plan(self.plan)]
         self._averages = [torch.zeros_like(weight, requires_grad=False) for weight in self.weights]
 
     @torch.no_grad()
@@ -47,15 +48,15 @@ class Released(Batch):
         state.norms.copy_(values[which])
         state.winners.copy_(values[2][:, which])
         state.clock.add_(1)
-        for i, (weight, layer) in enumerate(zip(self.weights, read_plan(self.plan), strict=True)):
+        for i, (weight, (layer, numbers)) in enumerate(zip(self.weights, self._layers, strict=True)):
             column, winner = not self.linf, state.winners[i]
             index = slice_index(weight, layer, winner[:1], column)
             average = as_matrix(self._averages[i].mul_(self.momentum), layer)
-            signs = as_matrix(weight, layer)[index].sign()
+            signs = as_matrix(weight, layer)[index].sign().to(average.dtype)
             if not layer.sees_all(column):
-                signs = torch.where(window_counts(winner, layer.numbers, column) > 0, signs, average[index])
+                signs = torch.where(window_counts(winner, numbers, column) > 0, signs, average[index])
             average[index] = signs
-            if weight.grad is not None:
+            if weight.grad is not None and weight.requires_grad:
                 weight.grad.add_(self._averages[i] * (self.rates[i] * scale).to(weight.dtype))
 
     def remembered(self, i: int) -> dict[str, Tensor]:

@@ -8,6 +8,9 @@ Dimension 0 of a weight, which is what is cut (``Shard(0)``), counts the rows of
 
 for every layer, all layers in one collective. So all ranks know the same norms and winners, to the last bit, and each
 writes down and adds its own rows of the winning column, or the winning row if it is the one that holds it.
+
+Several groups of ranks that hold the same (HSDP) do this each for itself. Sums travel in float64 and are rounded to
+float32 before they are compared, so that the groups agree even if they add up in another order.
 """
 
 from __future__ import annotations
@@ -107,7 +110,11 @@ class Part:
 
 
 class Sharded(Batch):
-    """Layers whose weights lie in one ``Place``. Every rank steps at the same time, also one that holds no rows."""
+    """Layers whose weights lie in one ``Place``.
+
+    Every rank takes part in every step, also one that holds no rows or has no gradient. Norms and winners are those of
+    the whole weights, the same on all ranks; of the moving averages each rank keeps its own rows, and saves them.
+    """
 
     def __init__(self, uses: Sequence[Use], members: Sequence[int], linf: bool, momentum: float) -> None:
         self.uses, self.members, self.linf, self.momentum = uses, members, linf, momentum
@@ -125,7 +132,7 @@ class Sharded(Batch):
         self._compared = False
 
     def _part(self, use: Use, weight: Tensor) -> Part:
-        """Rows are dealt out as ``torch.chunk`` does it: as many to each rank, but for the last that gets any."""
+        """Rows are dealt out as ``torch.chunk`` does it: as many to each rank until none are left."""
         layer, mesh, dim = plan_of(use), self.place.mesh, self.place.dim
         count, begin, size = weight.shape[0], 0, weight.shape[0]
         if dim is not None:
@@ -145,18 +152,18 @@ class Sharded(Batch):
         return self.place.mesh.get_group(self.place.dim)
 
     def _gather(self, own: Tensor) -> Tensor:
-        """[ranks, ...]"""
+        """[ranks, ...]; of one rank, if each has everything."""
+        if self.place.dim is None:
+            return own[None]
         every = [torch.empty_like(own) for _ in range(self.place.mesh.size(self.place.dim))]
         torch.distributed.all_gather(every, own, group=self._group)
         return torch.stack(every)
 
     @torch.no_grad()
     def step(self, scale: float | Tensor = 1, measured: bool = False) -> None:
-        """grads += scale * rates * h, each rank its own rows"""
-        weights, state = self._own(self.weights), self.state
-        if not measured:
-            self.measure(weights)
-        rates = self.rates * scale
+        """grads += scale * rates * h, each rank its own rows; ``measured`` or not, it measures."""
+        weights, state, rates = self._own(self.weights), self.state, self.rates * scale
+        self._measure(weights)
         if self._at_once:
             grads = [self._no_grad if grad is None else grad for grad in map(self._own_grad, range(len(weights)))]
             library.decay(weights, grads, state, rates, self.momentum, self.plan, self.linf, measured=True)
@@ -184,8 +191,7 @@ class Sharded(Batch):
             )
         return grad.to_local()
 
-    @torch.no_grad()
-    def measure(self, weights: Sequence[Tensor]) -> None:
+    def _measure(self, weights: Sequence[Tensor]) -> None:
         """The norms and their winners, from each rank's own rows of the weights."""
         if not self._compared:
             self._compare()
@@ -217,23 +223,21 @@ class Sharded(Batch):
                 best[n, 0] = values[int(self.linf)][k]
                 best[n, 1:] = values[2][k, int(self.linf)]
                 best[n, 1] += self._parts[members[n]].begin
-        if self.place.dim is not None:
-            every = self._gather(best)
-            first = every[..., 0].argmax(0)  # of ranks that have the largest; NaN counts as such
-            best = every.gather(0, first[None, :, None].expand(1, -1, 3)).squeeze(0)
+        every = self._gather(best)
+        first = every[..., 0].argmax(0)  # of ranks that have the largest; NaN counts as such
+        best = every.gather(0, first[None, :, None].expand(1, -1, 3)).squeeze(0)
         for n, i in enumerate(members):
             self.state.norms[i], self.state.winners[i] = best[n, 0], best[n, 1:]
 
     def _compare(self) -> None:
         """Ranks that saw different layers, or sizes of them, would wait for each other or add up what is not alike."""
-        if self.place.dim is not None:
-            named = repr([(i, use.name, plan_of(use).numbers) for i, use in zip(self.members, self.uses, strict=True)])
-            digest = int.from_bytes(sha256(named.encode()).digest()[:7], "little")
-            own = torch.tensor([digest], device=self.place.device)
-            if bool((self._gather(own) != own).any()):
-                raise RuntimeError(
-                    "convnorm: ranks see different layers or input sizes: give the same example to NormDecay on each"
-                )
+        named = repr([(i, use.name, plan_of(use).numbers) for i, use in zip(self.members, self.uses, strict=True)])
+        digest = int.from_bytes(sha256(named.encode()).digest()[:7], "little")
+        own = torch.tensor([digest], device=self.place.device)
+        if bool((self._gather(own) != own).any()):
+            raise RuntimeError(
+                "convnorm: ranks see different layers or input sizes: give the same example to NormDecay on each"
+            )
         self._compared = True
 
 
