@@ -181,7 +181,7 @@ class Sharded(Batch):
 
     def _own_grad(self, i: int) -> Tensor | None:
         weight, grad = self.weights[i], self.weights[i].grad
-        if grad is None:
+        if grad is None or not weight.requires_grad:
             return None
         if not is_dtensor(grad) or grad.placements != weight.placements:
             placed = list(grad.placements) if is_dtensor(grad) else "nowhere, a plain tensor"
