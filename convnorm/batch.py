@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +12,6 @@ from . import library
 from .layers import Use, naming
 from .momentum import no_momentum, slice_lengths
 from .plan import LayerPlan, read_plan
-from .reference import result_dtype
 
 
 def plan_of(use: Use) -> LayerPlan:
@@ -43,6 +43,8 @@ class Batch:
     def __init__(self, uses: Sequence[Use], members: Sequence[int], linf: bool, momentum: float) -> None:
         self.uses, self.members, self.linf, self.momentum = uses, members, linf, momentum
         self.weights = [weight_of(use) for use in uses]
+        self._owners = [use.module._parameters for use in uses]
+        self._dtype = self.weights[0].dtype
         self.plan = tuple(number for use in uses for number in plan_of(use).numbers)
         self.state = no_momentum(self.weights, self.plan, linf, momentum)
         self.rates = torch.zeros(len(uses), dtype=torch.float64, device=self.weights[0].device)
@@ -60,21 +62,31 @@ class Batch:
 
     def step(self, scale: float | Tensor, measured: bool = False) -> None:
         """grads += scale * rates * h"""
-        given = [weight.grad if weight.requires_grad else None for weight in self.weights]
-        grads = [self._no_grad if grad is None else grad for grad in given]
+        grads = [weight.grad if weight.requires_grad else None for weight in self.weights]
+        grads = [self._no_grad if grad is None else grad for grad in grads]
+        rates = self.rates if isinstance(scale, (int, float)) and scale == 1 else self.rates * scale
+        try:
+            library.decay(self.weights, grads, self.state, rates, self.momentum, self.plan, self.linf, measured)
+        except (RuntimeError, NotImplementedError):
+            self._refuse(grads)
+            raise
+
+    def _refuse(self, grads: Sequence[Tensor]) -> None:
         for use, grad in zip(self.uses, grads, strict=True):
             if grad.layout is not torch.strided:
                 raise RuntimeError(f"convnorm: the gradient of layer {use.name!r} is {grad.layout}, it must be strided")
-        rates = self.rates if isinstance(scale, (int, float)) and scale == 1 else self.rates * scale
-        library.decay(self.weights, grads, self.state, rates, self.momentum, self.plan, self.linf, measured)
+
+    def is_finite(self) -> bool:
+        """Whether all norms are, of a batch on the CPU. By way of numpy, which takes less time than PyTorch's calls."""
+        return bool(np.isfinite(self.norms.numpy()).all())
 
     def replaced(self) -> list[int]:
         """Which layers have another weight by now."""
-        return [i for i, use in enumerate(self.uses) if use.module._parameters.get("weight") is not self.weights[i]]
+        return [i for i, owner in enumerate(self._owners) if owner.get("weight") is not self.weights[i]]
 
     def is_current(self) -> bool:
-        held = self.weights[0].device == self.rates.device and result_dtype(self.weights) == self.norms.dtype
-        return held and not self.replaced()
+        first = self.weights[0]  # a model is moved and cast as a whole
+        return first.device == self.rates.device and first.dtype == self._dtype and not self.replaced()
 
     def remembered(self, i: int) -> dict[str, Tensor]:
         """What is remembered of layer i, as views."""

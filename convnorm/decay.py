@@ -109,7 +109,7 @@ class NormDecay:
         for batch in batches:
             batch.step(scale, batch in measured)
         self._has_norms = True
-        if not torch.compiler.is_compiling() and all(batch.norms.is_cpu for batch in batches):
+        if not torch.compiler.is_compiling() and not all(batch.is_finite() for batch in batches if batch.norms.is_cpu):
             self.check()
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
@@ -341,7 +341,7 @@ class NormDecay:
         weights = {use.name: use.module._parameters.get("weight") for use in self.uses}
         missing = [repr(name) for name, w in weights.items() if w is not None and w.requires_grad and id(w) not in held]
         if missing:
-            _warn(f"the optimizer does not hold the weight of layer {', '.join(missing)}: only another optimizer could make use of its decay")
+            _warn(f"the optimizer does not hold the weight of layer {', '.join(missing)}: another one must")
 
 
 def _find(model: nn.Module, example: Tensor | Sequence[Any] | Mapping[str, Sequence[int]]) -> list[Use]:

@@ -168,7 +168,7 @@ def decay(
     measured: bool = False,
 ) -> None:
     """One step of norm decay, by the backend that serves the weights' device."""
-    serve = _DECAY[backend_for(_device_of(weights))]
+    serve = _DECAY[backend_for(state.norms.device)]
     serve(weights, grads, *state.tensors(), rates, momentum, plan, linf, measured)
 
 

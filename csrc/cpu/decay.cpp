@@ -18,7 +18,7 @@
 namespace convnorm {
 namespace {
 
-constexpr int64_t kAhead = 4;  // rows
+constexpr int64_t kMostFetched = 2048, kAhead = 8;  // rows
 
 // The column, or row, of a channel: element (other, tap) at data[other * step + tap_offsets[tap]].
 template <class Number>
@@ -38,11 +38,16 @@ struct Slice {
            channel % channels * channel_step;
   }
 
-  // The elements of another are a row of the weight away, where the hardware does not foresee a read.
-  void prefetch(int64_t other) const {
+  // Calls for an other's elements, into the second level of the cache: rows that are a power of two apart would drive
+  // each other out of the first.
+  void fetch(int64_t other) const {
     if (other >= others) return;
-    __builtin_prefetch(data + other * step + first, !std::is_const_v<Number>);
-    __builtin_prefetch(data + other * step + last, !std::is_const_v<Number>);
+    __builtin_prefetch(data + other * step + first, 0, 2);
+    __builtin_prefetch(data + other * step + last, 0, 2);
+  }
+  // Calls for all at once: they lie scattered in memory, and one after another every read would be waited for.
+  void fetch() const {
+    for (int64_t other = 0; other < std::min(others, kMostFetched); ++other) fetch(other);
   }
 };
 
@@ -82,7 +87,6 @@ void write_term(const Matrix& matrix, const LayerPlan& plan, const Best& winner,
   for (int32_t merged : window) taps.push_back(plan.merged[merged][0]);
   std::fill(term, term + slice.others * matrix.taps, Term(0));
   for (int64_t other = 0; other < slice.others; ++other, term += matrix.taps) {
-    slice.prefetch(other + kAhead);
     const Weight* at = slice.data + other * slice.step;
     if (!plan.merges) {
       for (int32_t tap : taps) term[tap] = static_cast<Term>(term[tap] + sign(static_cast<Number>(at[offsets[tap]])));
@@ -104,9 +108,13 @@ struct Ring {
   int64_t* channels;  // [terms][layers]
   int64_t layers, terms, newest;
 
-  int64_t age(int64_t slot) const { return (newest - slot + terms) % terms; }
-  int64_t of_age(int64_t age) const { return (newest - age + terms) % terms; }
+  int64_t of_age(int64_t age) const { return age <= newest ? newest - age : newest - age + terms; }
   int64_t channel(int64_t slot) const { return channels[slot * layers]; }
+  void fetch(int64_t length) const {
+    if (length * terms > kMostFetched * 128) return;
+    for (int64_t slot = 0; slot < terms; ++slot)
+      for (int64_t i = 0; i < length; i += 64 / sizeof(Term)) __builtin_prefetch(signs + slot * stride + i, 0, 2);
+  }
 };
 
 // What is added to one channel of a gradient: its terms, summed up.
@@ -118,7 +126,8 @@ struct Addition {
 
 // grad += rate h. All terms of a channel are added up before they meet the gradient: it is rounded once.
 template <class Grad, class Term>
-void add_terms(const Matrix& grad, const Ring<Term>& ring, bool column, double rate, double momentum) {
+void add_terms(const Matrix& grad, const Ring<Term>& ring, bool column, double rate,
+               const std::vector<double>& shares) {
   using Sum = std::conditional_t<std::is_same_v<Grad, double>, double, float>;
   const int64_t length = slice_length(grad, column);
   std::vector<int64_t> found;  // channels
@@ -137,7 +146,7 @@ void add_terms(const Matrix& grad, const Ring<Term>& ring, bool column, double r
     for (int64_t age = 0; age < ring.terms; ++age)
       if (const int64_t slot = ring.of_age(age); ring.channel(slot) == channel) {
         terms.push_back(ring.signs + slot * ring.stride);
-        coefficients.push_back(rate * (1 - momentum) * std::pow(momentum, static_cast<double>(age)));
+        coefficients.push_back(rate * shares[age]);
       }
     Sum* sum = sums.data() + additions.size() * padded(length);
     kernels().sum_terms[sizeof(Term) > 1][std::is_same_v<Sum, double>](
@@ -151,7 +160,7 @@ void add_terms(const Matrix& grad, const Ring<Term>& ring, bool column, double r
       std::is_sorted(grad.tap_offsets.begin(), grad.tap_offsets.end()) && offsets[taps - 1] == taps - 1;
   for (int64_t other = 0; other < others; ++other)
     for (Addition<Grad, Sum>& addition : additions) {
-      addition.to.prefetch(other + kAhead);
+      if (additions.size() > 1) addition.to.fetch(other + kAhead);  // one alone was called for by step_layer
       Grad* row = addition.to.data + other * addition.to.step;
       const Sum* h = addition.sum + other * taps;
       if (together)
@@ -164,12 +173,18 @@ void add_terms(const Matrix& grad, const Ring<Term>& ring, bool column, double r
 
 template <class Term>
 void step_layer(const Matrix& weight, const Matrix* grad, const LayerPlan& plan, const Best& winner,
-                const Ring<Term>& ring, bool column, double rate, double momentum) {
+                const Ring<Term>& ring, bool column, double rate, const std::vector<double>& shares) {
+  const auto fetch = [&](const Matrix& of) {
+    with_number(of.dtype, [&](auto number) { Slice<const decltype(number)>(of, winner.channel, column).fetch(); });
+  };
+  fetch(weight);
+  if (grad) fetch(*grad);
+  ring.fetch(slice_length(weight, column));
   with_number(weight.dtype, [&](auto number) {
     write_term<decltype(number)>(weight, plan, winner, column, ring.signs + ring.newest * ring.stride);
   });
   if (grad)
-    with_number(grad->dtype, [&](auto number) { add_terms<decltype(number)>(*grad, ring, column, rate, momentum); });
+    with_number(grad->dtype, [&](auto number) { add_terms<decltype(number)>(*grad, ring, column, rate, shares); });
 }
 
 void take_norms(const std::vector<LayerNorms>& measured, bool linf, Tensor& norms, Tensor& winners) {
@@ -196,6 +211,10 @@ void step(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, 
   int64_t& now = *static_cast<int64_t*>(clock.mutable_data_ptr());
   const int64_t newest = now++ % terms;
 
+  std::vector<double> shares;  // of a term in h, by its age
+  for (int64_t age = 0; age < terms; ++age)
+    shares.push_back((1 - momentum) * std::pow(momentum, static_cast<double>(age)));
+
   std::vector<Matrix> weight_matrices, grad_matrices(layers);
   std::vector<int64_t> begin{0};
   for (int64_t i = 0; i < layers; ++i) {
@@ -217,7 +236,7 @@ void step(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, 
       const Ring<Term> ring{ring_signs + begin[i], length, ring_channels + i, layers, terms, newest};
       const Best winner{0, places[2 * i], places[2 * i + 1]};
       step_layer(weight_matrices[i], grads[i].numel() ? &grad_matrices[i] : nullptr, plan[i], winner, ring,
-                 linf == plan[i].transposed, layer_rates[i], momentum);
+                 linf == plan[i].transposed, layer_rates[i], shares);
     }
   });
 }
