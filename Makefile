@@ -46,11 +46,13 @@ sanitize: $(VENV)/ready  ## the C++ kernels under AddressSanitizer and Undefined
 	away=$$(mktemp -d) && cp -r tests $$away && here=$$PWD && cd $$away && \
 	PYTHONPATH=$$here/build/sanitized CONVNORM_REQUIRE_NATIVE=1 ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	$$here/$(BIN)/python -m pytest -q -k native --long 2000 --seed 1 tests/test_values.py tests/test_sizes.py && rm -rf $$away
+	$$here/$(BIN)/python -m pytest -q -k "native or test_optim" --long 2000 --seed 1 tests/test_values.py \
+	tests/test_sizes.py tests/test_momentum.py tests/test_optim.py && rm -rf $$away
 
 gpu: $(VENV)/ready  ## with a GPU: all tests, the CUDA kernels under compute-sanitizer, the benchmarks
 	CONVNORM_REQUIRE_NATIVE=1 $(BIN)/python -m pytest
-	compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -q tests/test_values.py -k "native-cuda" --long 200
+	compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -q tests/test_values.py tests/test_momentum.py \
+	  -k "native-cuda" --long 200
 	$(BIN)/python -m pytest --benchmark
 
 clean:
