@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import library
 from .layers import Use, naming
 from .momentum import no_momentum, slice_lengths
-from .plan import LayerPlan, read_plan
+from .plan import LayerPlan
 
 
 def plan_of(use: Use) -> LayerPlan:
@@ -41,15 +41,21 @@ class Batch:
     """Layers on one device, each with a weight of its own; the paper's algorithm."""
 
     def __init__(self, uses: Sequence[Use], members: Sequence[int], linf: bool, momentum: float) -> None:
+        self._hold(uses, members, linf, momentum)
+        self._remember(self.weights, [plan_of(use) for use in uses])
+
+    def _hold(self, uses: Sequence[Use], members: Sequence[int], linf: bool, momentum: float) -> None:
         self.uses, self.members, self.linf, self.momentum = uses, members, linf, momentum
         self.weights = [weight_of(use) for use in uses]
         self._owners = [use.module._parameters for use in uses]
         self._dtype = self.weights[0].dtype
-        self.plan = tuple(number for use in uses for number in plan_of(use).numbers)
-        self.state = no_momentum(self.weights, self.plan, linf, momentum)
-        self.rates = torch.zeros(len(uses), dtype=torch.float64, device=self.weights[0].device)
-        self._lengths = slice_lengths(self.weights, read_plan(self.plan), linf)
-        self._no_grad = self.weights[0].detach().new_empty(0)
+
+    def _remember(self, weights: Sequence[Tensor], layers: Sequence[LayerPlan]) -> None:
+        self.plan = tuple(number for layer in layers for number in layer.numbers)
+        self.state = no_momentum(weights, self.plan, self.linf, self.momentum)
+        self.rates = torch.zeros(len(weights), dtype=torch.float64, device=weights[0].device)
+        self._lengths = slice_lengths(weights, layers, self.linf)
+        self._no_grad = weights[0].detach().new_empty(0)
 
     @property
     def norms(self) -> Tensor:

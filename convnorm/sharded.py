@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from . import library
 from .batch import Batch, plan_of, weight_of
 from .layers import Use
-from .momentum import add_terms, no_momentum, slice_lengths, write_term
+from .momentum import add_terms, write_term
 from .plan import LayerPlan
 from .reference import largest, window_sums
 from .released import Released
@@ -117,16 +117,10 @@ class Sharded(Batch):
     """
 
     def __init__(self, uses: Sequence[Use], members: Sequence[int], linf: bool, momentum: float) -> None:
-        self.uses, self.members, self.linf, self.momentum = uses, members, linf, momentum
-        self.weights = [weight_of(use) for use in uses]
+        self._hold(uses, members, linf, momentum)
         self.place = place_of(uses[0])
         self._parts = [self._part(use, weight) for use, weight in zip(uses, self.weights, strict=True)]
-        layers, own = [part.own_layer for part in self._parts], self._own(self.weights)
-        self.plan = tuple(number for layer in layers for number in layer.numbers)
-        self.state = no_momentum(own, self.plan, linf, momentum)
-        self.rates = torch.zeros(len(uses), dtype=torch.float64, device=self.place.device)
-        self._lengths = slice_lengths(own, layers, linf)
-        self._no_grad = own[0].new_empty(0)
+        self._remember(self._own(self.weights), [part.own_layer for part in self._parts])
         # columns of a single group have the same numbers here as in the whole weight: one operator takes all layers
         self._at_once = all(part.column and part.layer.groups == 1 and part.begin < part.end for part in self._parts)
         self._compared = False
