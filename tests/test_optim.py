@@ -116,7 +116,8 @@ def test_weights_are_read_once(monkeypatch):
 def test_norms_have_the_bits_of_the_operators(threads):
     """Also where a layer is cut into many blocks, and a block into many pieces."""
     torch.set_num_threads(threads)
-    model = nn.Sequential(nn.Conv2d(128, 256, 3, padding=1), nn.Flatten(), nn.Linear(256 * 4, 700))
+    convs = nn.Conv2d(128, 256, 3, padding=1), nn.Flatten()
+    model = nn.Sequential(*convs, nn.Linear(256 * 4, 7000), nn.Linear(7000, 50))
     for ord in (1, math.inf):
         decay = convnorm.NormDecay(model, [1, 128, 2, 2], ord=ord, beta=0.3)
         optimizer = convnorm.optim.SGD(model.parameters(), lr=0.1, norm_decay=decay)

@@ -10,7 +10,7 @@ inline int64_t padded(int64_t length) {
   return (length + kPadding - 1) / kPadding * kPadding;
 }
 
-// Rows are read so many side by side: blocks are whole multiples of them.
+// Where only columns are summed, so many rows are read side by side: blocks are whole multiples of them.
 constexpr int kRowsAtOnce = 12;
 
 // A sum in float loses up to one rounding an addition. So no more than kMostRows rows are added to one float, then

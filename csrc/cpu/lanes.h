@@ -13,11 +13,6 @@
 namespace {
 
 constexpr int kLanes = 16;
-#if defined(__x86_64__)
-constexpr int kRegisters = CONVNORM_VECTOR_BYTES == 64 ? 32 : 16;
-#else
-constexpr int kRegisters = 32;
-#endif
 
 struct Half {
   uint16_t bits;
