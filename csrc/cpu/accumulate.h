@@ -45,7 +45,7 @@ struct DenseBlock {
   int64_t rows, row_stride, length, segments, period;
   void* column_sums;                 // Sum[padded(length)], in the order of the memory; added to
   double* row_sums;                  // [rows][segments * period]; added to
-  const SgdStretch* step = nullptr;  // with period 1: taken on these rows first, bit by bit, so that they are read once
+  const SgdStretch* step = nullptr;  // with period 1: taken on each row before it is added up; null: none
 };
 
 // Any strides; taps merged or left out.
