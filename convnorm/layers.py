@@ -84,9 +84,44 @@ class Layer:
                 for (before, _), size, n in zip(shape.padding, shape.out_shape, full.shape[2:], strict=True)
             ]
             return F.pad(full, _last_axis_first(excess))
-        x = F.pad(x, _last_axis_first(shape.padding), "constant" if self.padding_mode == "zeros" else self.padding_mode)
+        x = self._pad(x)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[n_axes - 1]
         return convolve(x, self.weight, None, shape.stride, 0, shape.dilation, self.groups)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """The transpose of the layer's matrix, [batch, channels, *out_shape] -> [batch, channels, *in_shape].
+
+        >>> import torch
+        >>> layer = as_layer(nn.Conv1d(2, 3, 3, padding=2, padding_mode="circular"), in_shape=[8])
+        >>> x, y = torch.randn(1, 2, 8), torch.randn(1, 3, 10)
+        >>> torch.allclose((layer(x) * y).sum(), (x * layer.adjoint(y)).sum(), atol=1e-5)
+        True
+        """
+        shape, n_axes = self.geometry, len(self.in_shape)
+        if n_axes == 0:
+            return y @ (self.weight.T if self.transposed else self.weight)
+        if self.transposed:
+            y = F.pad(y, _last_axis_first(shape.padding))
+            convolve = (F.conv1d, F.conv2d, F.conv3d)[n_axes - 1]
+            x = convolve(y, self.weight, None, shape.stride, 0, shape.dilation, self.groups)
+            return x[(..., *(slice(n) for n in self.in_shape))]  # more of them where output padding reaches a stride
+        convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[n_axes - 1]
+        padded = convolve(y, self.weight, None, shape.stride, 0, 0, self.groups, shape.dilation)
+        sizes = [before + n + after for (before, after), n in zip(shape.padding, self.in_shape, strict=True)]
+        unread = [(0, size - read) for size, read in zip(sizes, padded.shape[2:], strict=True)]
+        if any(map(any, unread)):
+            padded = F.pad(padded, _last_axis_first(unread))
+        if self.padding_mode == "zeros":
+            inside = zip(shape.padding, self.in_shape, strict=True)
+            return padded[(..., *(slice(before, before + n) for (before, _), n in inside))]
+        x = y.new_zeros(len(y), self.in_channels, *self.in_shape, requires_grad=True)
+        with torch.enable_grad():
+            (x,) = torch.autograd.grad(self._pad(x), x, padded)
+        return x
+
+    def _pad(self, x: Tensor) -> Tensor:
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return F.pad(x, _last_axis_first(self.geometry.padding), mode)
 
 
 def _last_axis_first(ends: Sequence[tuple[int, int]]) -> list[int]:
