@@ -1,6 +1,7 @@
 """Exact operator norms of convolutional layers. ``import convnorm`` registers ``torch.ops.convnorm``."""
 
 from . import optim as optim
+from . import spectral as spectral
 from .backends import backends as backends
 from .backends import use_backend as use_backend
 from .constrain import Projection as Projection
@@ -14,3 +15,5 @@ from .norms import norms as norms
 from .norms import subgradient as subgradient
 from .norms import witness as witness
 from .project import project as project
+from .spectral import Bracket as Bracket
+from .spectral import l2 as l2

@@ -77,7 +77,7 @@ def norms(
     Norms(l1=4, linf=9, l2_bound=6, frobenius=11, frobenius_bound=12)
     """
     one = _with_values(as_layer(layer, in_shape, **options))
-    return Norms(one if scale is None else _scaled(one, scale))
+    return Norms(one if scale is None else scaled(one, scale))
 
 
 def subgradient(
@@ -164,7 +164,7 @@ def _with_values(layer: Layer) -> Layer:
     return layer
 
 
-def _scaled(layer: Layer, scale: Tensor) -> Layer:
+def scaled(layer: Layer, scale: Tensor) -> Layer:
     """The layer followed by a multiplication of each output channel."""
     plan = layer.plan  # refuses what is no layer
     if scale.shape != (layer.out_channels,):

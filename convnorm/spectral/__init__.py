@@ -1,0 +1,6 @@
+"""The l2 norm of layers: certified brackets, and the methods that people use, each in a file of its own."""
+
+from .bracket import Bracket as Bracket
+from .bracket import l2 as l2
+from .krylov import lanczos as lanczos
+from .rayleigh import Singular as Singular

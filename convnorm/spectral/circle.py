@@ -154,14 +154,16 @@ def _polyphase(kernel: Tensor, dim: int, stride: int, dilation: int) -> Tensor:
 def half_grid(points: Sequence[int]) -> Tensor:
     """frequencies[F, axes] of a circle, one of each two that are negatives of each other: there the symbols of a real
     kernel are conjugates, and their singular values equal.
+
+    >>> (half_grid([4]) / (2 * math.pi)).flatten().tolist()
+    [0.0, 0.25, 0.5]
     """
     if not points:
         return torch.zeros(1, 0, dtype=torch.float64)
-    counts = [*points[:-1], points[-1] // 2 + 1]
-    axes = [
-        torch.arange(count, dtype=torch.float64) * (2 * math.pi / n) for count, n in zip(counts, points, strict=True)
-    ]
-    return torch.cartesian_prod(*axes).view(-1, len(points))
+    place = np.indices(points).reshape(len(points), -1)
+    negative = np.ravel_multi_index(tuple(-place % np.array(points)[:, None]), tuple(points))
+    half = place[:, negative >= np.arange(place.shape[1])]
+    return torch.from_numpy((half / np.array(points)[:, None]).T.copy()) * (2 * math.pi)
 
 
 def waves(frequencies: Tensor, taps: Sequence[Tensor]) -> Tensor:
@@ -170,7 +172,7 @@ def waves(frequencies: Tensor, taps: Sequence[Tensor]) -> Tensor:
     for axis, places in enumerate(taps):
         angles = frequencies[:, axis, None] * places.to(frequencies)
         own = torch.polar(torch.ones_like(angles), angles)
-        wave = wave.unsqueeze(-1) * own.view(len(own), *[1] * axis, -1)
+        wave = wave.unsqueeze(-1) * own.view(len(own), *[1] * axis, len(places))
     return wave
 
 

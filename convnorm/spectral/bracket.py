@@ -1,0 +1,204 @@
+"""The l2 norm of a layer between a lower and an upper bound, both certified."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..geometry import GeometryError
+from ..layers import Layer, as_layer
+from ..norms import Norms, scaled
+from .circle import Circle, circle_of, half_grid, power_of_two
+from .definite import unit_roundoff
+from .explicit import explicit_upper, group_of, matrix_sizes
+from .krylov import LOOK_EVERY, STARTS, Lanczos, in_precision
+from .modes import MODES, modes_upper
+from .on_circle import circle_upper
+from .rayleigh import check_values, rayleigh
+
+EXPLICIT = 1024  # rows or columns of a matrix that is decomposed at once,
+LAST_RESORT = 4096  # and where nothing else serves
+MODES_WORK = 2e10  # cubes of channels, summed over frequencies, that the modes may cost
+MOST_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Bracket:
+    """``lower <= l2 norm <= upper``, 0-dim float64 tensors; ``lower`` is differentiable in the weight.
+
+    ``certificate`` says what proves the upper bound; ``stopped`` why the bracket is wider than was asked, empty where it
+    is not. The layer maps ``right[1, channels, *in_shape]``, of l2 norm 1, to an output of l2 norm ``lower``.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    certificate: str
+    stopped: str
+    right: Tensor
+
+    @property
+    def ratio(self) -> float:
+        """upper / lower; 1 where both are 0."""
+        lower, upper = float(self.lower), float(self.upper)
+        return upper / lower if lower else math.inf if upper else 1.0
+
+    def __repr__(self) -> str:
+        stopped = f", stopped={self.stopped!r}" if self.stopped else ""
+        return f"Bracket({self.lower.item():.6g}, {self.upper.item():.6g}, {self.certificate!r}{stopped})"
+
+
+def l2(
+    layer: nn.Module | Tensor | Layer,
+    in_shape: Sequence[int] = (),
+    *,
+    rtol: float = 1e-2,
+    failure: float | None = None,
+    scale: Tensor | None = None,
+    start: Tensor | None = None,
+    **options: Any,
+) -> Bracket:
+    """The l2 norm of any layer, its largest singular value, in a bracket with ``upper <= (1 + rtol) * lower``.
+
+    The lower bound is what an input attains, found by Lanczos. The upper bound is proved: on a circle that the layer is
+    embedded in, by that circle's modes, or from the explicit matrix where it is small. Where none of them closes the
+    bracket, ``failure``, for instance 1e-12, admits a bound that fails with at most this probability: Lanczos from
+    starts drawn by PyTorch's random numbers.
+
+    ``scale`` multiplies the output channels, as in ``convnorm.norms``; ``start`` is the ``right`` of an earlier bracket.
+
+    >>> l2(torch.tensor([[[1.0, 0.0, -1.0]]]), [6], padding=1, rtol=1e-6)
+    Bracket(1.80194, 1.80194, 'explicit matrix')
+    """
+    if not 1e-9 <= rtol < math.inf:
+        raise GeometryError(f"convnorm: rtol {rtol} must be at least 1e-9, what float64 can tell")
+    if failure is not None and not 0 < failure < 1:
+        raise GeometryError(f"convnorm: failure {failure} must be a probability between 0 and 1")
+    one = as_layer(layer, in_shape, **options)
+    one = check_values(one if scale is None else scaled(one, scale))
+    search = Search(one, rtol, start)
+    proof = prove(search)
+    if failure is not None and not search.closed(proof.upper):
+        proof = min(proof, prove_probably(search, failure), key=lambda proof: proof.upper)
+    found = rayleigh(one, search.right)
+    upper = torch.tensor(proof.upper * search.size, dtype=torch.float64, device=one.weight.device)
+    return Bracket(found.value, upper, proof.certificate, "" if search.closed(proof.upper) else proof.limit, found.right)
+
+
+class Search:
+    """The largest singular value from below, in ever more steps; the layer's scale ``size`` is taken out."""
+
+    def __init__(self, layer: Layer, rtol: float, start: Tensor | None) -> None:
+        self.size = power_of_two(layer.weight)
+        self.layer = in_precision(layer, torch.float64)
+        self.rtol = rtol
+        self.process = Lanczos(in_precision(layer, torch.float64 if rtol < 1e-5 else torch.float32), start)
+        self.lower = -1.0
+        self.run(rtol / 5)
+
+    def run(self, rtol: float) -> None:
+        self.process.run(rtol, MOST_STEPS)
+        self.keep(self.process.right())
+
+    def keep(self, right: Tensor) -> None:
+        found = float(rayleigh(self.layer, right).value)
+        if found > self.lower:
+            self.lower, self.right = found, right
+
+    @property
+    def level(self) -> float:
+        """What an upper bound may be."""
+        return self.lower * (1 + self.rtol) * (1 - 16 * unit_roundoff(torch.float64))
+
+    def closed(self, upper: float) -> bool:
+        return upper <= self.lower * (1 + self.rtol)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """``upper`` is at least the norm; what shows it, and what stood in the way of less."""
+
+    upper: float
+    certificate: str
+    limit: str = ""
+
+
+def prove(search: Search) -> Proof:
+    """The cheapest proof that closes the bracket, or the sharpest."""
+    cheap = norms_upper(search.layer)
+    if search.closed(cheap.upper):
+        return cheap
+    circle = circle_of(search.layer)
+    upper = circle.factor * circle_upper(circle, search.level / circle.factor, search.rtol)
+    if not search.closed(float(upper.max())):
+        search.run(search.rtol / 50)  # the lower bound may be at fault
+    proof = Proof(float(upper.max()), "circle", "a lower bound that does not rise")
+    if not search.closed(proof.upper) and not circle.whole:
+        proof = sharpen(search, circle, upper)
+    return min(cheap, proof, key=lambda proof: proof.upper)
+
+
+def norms_upper(layer: Layer) -> Proof:
+    """From the l1 and linf norms, or the Frobenius norm."""
+    norms = Norms(layer)
+    summed = 1 + 2 * (layer.weight.numel() + 8) * unit_roundoff(torch.float64)
+    named = {"l1 and linf norms": float(norms.l2_bound), "Frobenius norm": float(norms.frobenius)}
+    certificate = min(named, key=named.__getitem__)
+    return Proof(named[certificate] * summed, certificate)
+
+
+def sharpen(search: Search, circle: Circle, upper: Tensor) -> Proof:
+    """For each group whose circle does not prove enough: its modes, or its matrix where that is small."""
+    proofs = [Proof(float(bound), "circle") for bound in upper]
+    for group in upper.argsort(descending=True).tolist():
+        if search.closed(proofs[group].upper):
+            break
+        own = replace(circle, kernel=circle.kernel[group : group + 1])
+        proofs[group] = _sharpened(group_of(search.layer, group), own, search.level, proofs[group].upper)
+    return max(proofs, key=lambda proof: proof.upper)
+
+
+def _sharpened(layer: Layer, circle: Circle, level: float, bound: float) -> Proof:
+    """Of one group, which has a norm of at most ``bound``."""
+    rows, columns = matrix_sizes(layer)
+    limit = f"a matrix of {rows} x {columns}, too large to decompose"
+    if min(rows, columns) <= EXPLICIT:
+        return Proof(explicit_upper(layer, level), "explicit matrix")
+    if circle.factor != 1:
+        limit = f"padding_mode {layer.padding_mode!r}, which no circle shows, and {limit}"
+    elif len(half_grid(circle.points)) * min(circle.kernel.shape[1:3]) ** 3 > MODES_WORK:
+        limit = f"circles of {list(circle.points)} points, too many for their modes, and {limit}"
+    else:
+        bound = modes_upper(circle, level, bound)
+        if bound <= level:
+            return Proof(bound, "modes of the circle")
+        limit = f"{MODES[-1]} modes of the circle, which are too few, and {limit}"
+    if min(rows, columns) <= LAST_RESORT:
+        return Proof(explicit_upper(layer, level), "explicit matrix")
+    return Proof(bound, "circle" if circle.factor != 1 else "modes of the circle", limit)
+
+
+def prove_probably(search: Search, failure: float) -> Proof:
+    """By Lanczos from random starts, until the bracket closes."""
+    device = search.layer.weight.device
+    seeds = torch.randint(2**62, (STARTS,)).tolist()
+    processes = [Lanczos(search.layer, generator=torch.Generator(device).manual_seed(seed)) for seed in seeds]
+    each = failure ** (1 / STARTS)
+    while True:
+        for process in processes:
+            for _ in range(LOOK_EVERY):
+                if not process.exhausted:
+                    process.extend()
+        upper = math.sqrt(max(process.upper(each) for process in processes)) * (1 + 1e-12)
+        if upper <= (1 + search.rtol) * max(search.lower, math.sqrt(max(process.ritz()[0] for process in processes))):
+            search.keep(max(processes, key=lambda process: process.ritz()[0]).right())
+        stuck = all(process.exhausted for process in processes) or processes[0].steps >= MOST_STEPS
+        if search.closed(upper) or stuck:
+            break
+    search.keep(max(processes, key=lambda process: process.ritz()[0]).right())
+    limit = f"{processes[0].steps} steps of Lanczos, as many as fit into memory or are allowed"
+    return Proof(upper, f"Lanczos, fails with probability {failure:g}", limit)

@@ -1,0 +1,175 @@
+"""Lanczos: the largest singular value of a layer from applying it and its adjoint, a lower bound at every step.
+
+From a random start it also yields an upper bound that holds with a probability that can be chosen. Let ``p_j`` be the
+orthonormal polynomials of the process, ``q_j = p_j(A) q_0`` its orthonormal vectors, ``A`` the layer's Gram matrix, and
+``v`` a unit eigenvector of its largest eigenvalue ``lambda``. By Bessel's inequality
+
+    1 >= sum_j (v . q_j)^2 = (v . q_0)^2 sum_j p_j(lambda)^2
+
+and ``|v . q_0| > t`` but with probability ``t sqrt(2 n / pi)``, as ``q_0`` is uniform on the sphere. So ``lambda`` is at
+most where ``sum_j p_j(lambda)^2 = 1 / t^2``. This is at least as sharp as the bound of Kuczynski and Wozniakowski (1992),
+whose Chebyshev polynomial is one of those that ``p_j`` do best among, and far sharper where the largest singular value
+stands alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..geometry import GeometryError
+from ..layers import Layer, as_layer
+from .circle import power_of_two
+from .rayleigh import Singular, check_values, rayleigh
+
+MEMORY = 1 << 30  # bytes of vectors
+LOOK_EVERY = 5  # steps
+STARTS = 2  # of the probable bound, which fails only if all of them do: each may fail too often for rounding to matter
+ROUNDING = 1e-12  # of a vector's component, over a whole process in float64
+
+
+def lanczos(
+    layer: nn.Module | Tensor | Layer,
+    in_shape: Sequence[int] = (),
+    *,
+    rtol: float = 1e-3,
+    steps: int = 300,
+    start: Tensor | None = None,
+    **options: Any,
+) -> Singular:
+    """The largest singular value of any layer, from below, to about ``rtol``: until five steps add no more than that.
+
+    ``start[1, channels, *in_shape]`` begins where another search ended, after a few steps of training for instance.
+
+    >>> conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+    >>> found = lanczos(conv, [16, 16])
+    >>> bool(found.value <= torch.linalg.matrix_norm(conv.weight.flatten(1)) * 2)
+    True
+    """
+    if steps < 1:
+        raise GeometryError(f"convnorm: steps {steps} must be at least 1")
+    one = check_values(as_layer(layer, in_shape, **options))
+    if start is not None and start.shape != (1, one.in_channels, *one.in_shape):
+        wanted = [1, one.in_channels, *one.in_shape]
+        raise GeometryError(f"convnorm: start of shape {list(start.shape)} must have the shape {wanted}")
+    precision = torch.float64 if rtol < 1e-5 else torch.float32
+    process = Lanczos(in_precision(one, precision), start)
+    process.run(rtol, steps)
+    return rayleigh(one, process.right())
+
+
+def in_precision(layer: Layer, precision: torch.dtype) -> Layer:
+    """The layer for a search: without its scale, which could overflow."""
+    weight = layer.weight.detach()
+    return replace(layer, weight=(weight.double() / power_of_two(weight)).to(precision))
+
+
+class Lanczos:
+    """The process on the layer's smaller side, with all its vectors kept orthogonal to each other."""
+
+    def __init__(self, layer: Layer, start: Tensor | None = None, generator: torch.Generator | None = None) -> None:
+        ins, outs = (layer.in_channels, *layer.in_shape), (layer.out_channels, *layer.geometry.out_shape)
+        self._on_inputs = math.prod(ins) <= math.prod(outs)
+        self._there, self._back = (layer, layer.adjoint) if self._on_inputs else (layer.adjoint, layer)
+        self._shape = (1, *(ins if self._on_inputs else outs))
+        weight = layer.weight
+        if start is None:
+            if generator is None:
+                generator = torch.Generator(weight.device).manual_seed(0)
+            first = torch.randn(self._shape, dtype=weight.dtype, device=weight.device, generator=generator)
+        else:
+            first = start.to(weight) if self._on_inputs else layer(start.to(weight))
+        self.size = first.numel()
+        self._next = first.flatten() / torch.linalg.vector_norm(first).clamp_min(torch.finfo(weight.dtype).tiny)
+        self._basis = first.new_empty(0, self.size)
+        self._diagonal: list[float] = []
+        self._beside: list[float] = []  # the diagonal; the last leads out of the space
+        self._least = 32 * torch.finfo(weight.dtype).eps
+
+    @property
+    def steps(self) -> int:
+        return len(self._diagonal)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the space holds all that can be reached from its start, or as much as fits into memory."""
+        reached = bool(self._beside) and self._beside[-1] <= self._least * max(self._diagonal)
+        full = (self.steps + 1) * self.size * self._basis.element_size() > MEMORY
+        return reached or full or self.steps >= self.size
+
+    def run(self, rtol: float, steps: int) -> None:
+        """Until ``LOOK_EVERY`` steps add no more than ``rtol`` to the largest singular value, or that many are done."""
+        before = -math.inf
+        while self.steps < steps and not self.exhausted:
+            self.extend()
+            if self.steps % LOOK_EVERY == 0:
+                value = self.ritz()[0]
+                if value <= before * (1 + 2 * rtol):  # they are squares
+                    break
+                before = value
+
+    @torch.no_grad()
+    def extend(self) -> None:
+        """One step: the layer and its adjoint, once each."""
+        basis = self._kept(self._next)
+        image = self._there(self._next.view(self._shape))
+        rest = self._back(image).flatten()
+        for _ in range(2):  # twice is enough
+            rest = rest - basis.T @ (basis @ rest)
+        self._diagonal.append(torch.linalg.vector_norm(image, dtype=torch.float64).item() ** 2)
+        self._beside.append(torch.linalg.vector_norm(rest, dtype=torch.float64).item())
+        self._next = rest / max(self._beside[-1], torch.finfo(rest.dtype).tiny)
+
+    def _kept(self, vector: Tensor) -> Tensor:
+        if self.steps == len(self._basis):
+            grown = vector.new_empty(max(8, 2 * self.steps), self.size)
+            grown[: self.steps] = self._basis
+            self._basis = grown
+        self._basis[self.steps] = vector
+        return self._basis[: self.steps + 1]
+
+    def ritz(self) -> tuple[float, Tensor]:
+        """The square of the largest singular value found, and its vector in coordinates of the basis."""
+        projected = torch.diag(torch.tensor(self._diagonal, dtype=torch.float64))
+        beside = torch.tensor(self._beside[:-1], dtype=torch.float64)
+        values, vectors = torch.linalg.eigh(projected + torch.diag(beside, 1) + torch.diag(beside, -1))
+        return values[-1].item(), vectors[:, -1]
+
+    def right(self) -> Tensor:
+        """The input whose image is the longest found."""
+        side = (self.ritz()[1].to(self._next) @ self._basis[: self.steps]).view(self._shape)
+        return side if self._on_inputs else self._there(side)
+
+    def upper(self, failure: float) -> float:
+        """At least the largest squared singular value, but with this probability, given a random start."""
+        t = failure / math.sqrt(2 * self.size / math.pi) - ROUNDING
+        low = max(self.ritz()[0], 0.0)
+        high = low + sum(self._beside) + self._least
+        if t <= 0:
+            return math.inf
+        while self._christoffel(high) < 1 / t**2:
+            high *= 2
+        for _ in range(60):
+            middle = (low + high) / 2
+            if self._christoffel(middle) < 1 / t**2:
+                low = middle
+            else:
+                high = middle
+        return high
+
+    def _christoffel(self, at: float) -> float:
+        """sum_j p_j(at)^2, by their recurrence; beyond the Ritz values it grows with every step."""
+        before, value, total, beside_before = 0.0, 1.0, 1.0, 0.0
+        noise = self._least * max(self._diagonal)
+        for diagonal, beside in zip(self._diagonal, self._beside, strict=True):
+            before, value = value, ((at - diagonal) * value - beside_before * before) / (beside + noise)
+            beside_before = beside
+            total += value * value
+            if total > 1e40:
+                break
+        return total
