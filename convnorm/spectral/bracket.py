@@ -15,15 +15,13 @@ from ..layers import Layer, as_layer
 from ..norms import Norms, scaled
 from .circle import Circle, circle_of, half_grid, power_of_two
 from .definite import unit_roundoff
-from .explicit import explicit_upper, group_of, matrix_sizes
+from .explicit import LARGEST, explicit_upper, group_of, matrix_sizes
 from .krylov import LOOK_EVERY, STARTS, Lanczos, in_precision
 from .modes import MODES, modes_upper
 from .on_circle import circle_upper
 from .rayleigh import check_values, rayleigh
 
-EXPLICIT = 1024  # rows or columns of a matrix that is decomposed at once,
-LAST_RESORT = 4096  # and where nothing else serves
-MODES_WORK = 2e10  # cubes of channels, summed over frequencies, that the modes may cost
+MOST_WORK = 5e12  # operations or so, to find the modes of a circle
 MOST_STEPS = 1000
 
 
@@ -44,7 +42,7 @@ class Bracket:
     @property
     def ratio(self) -> float:
         """upper / lower; 1 where both are 0."""
-        lower, upper = float(self.lower), float(self.upper)
+        lower, upper = self.lower.item(), self.upper.item()
         return upper / lower if lower else math.inf if upper else 1.0
 
     def __repr__(self) -> str:
@@ -83,10 +81,13 @@ def l2(
     search = Search(one, rtol, start)
     proof = prove(search)
     if failure is not None and not search.closed(proof.upper):
-        proof = min(proof, prove_probably(search, failure), key=lambda proof: proof.upper)
+        probable = prove_probably(search, failure)
+        proof = probable if probable.upper < proof.upper else replace(proof, limit=probable.limit)
     found = rayleigh(one, search.right)
     upper = torch.tensor(proof.upper * search.size, dtype=torch.float64, device=one.weight.device)
-    return Bracket(found.value, upper, proof.certificate, "" if search.closed(proof.upper) else proof.limit, found.right)
+    return Bracket(
+        found.value, upper, proof.certificate, "" if search.closed(proof.upper) else proof.limit, found.right
+    )
 
 
 class Search:
@@ -139,7 +140,7 @@ def prove(search: Search) -> Proof:
     proof = Proof(float(upper.max()), "circle", "a lower bound that does not rise")
     if not search.closed(proof.upper) and not circle.whole:
         proof = sharpen(search, circle, upper)
-    return min(cheap, proof, key=lambda proof: proof.upper)
+    return replace(cheap, limit=proof.limit) if cheap.upper < proof.upper else proof
 
 
 def norms_upper(layer: Layer) -> Proof:
@@ -164,22 +165,22 @@ def sharpen(search: Search, circle: Circle, upper: Tensor) -> Proof:
 
 def _sharpened(layer: Layer, circle: Circle, level: float, bound: float) -> Proof:
     """Of one group, which has a norm of at most ``bound``."""
-    rows, columns = matrix_sizes(layer)
-    limit = f"a matrix of {rows} x {columns}, too large to decompose"
-    if min(rows, columns) <= EXPLICIT:
+    size = min(matrix_sizes(layer))
+    decomposable = size <= LARGEST
+    modes_work = 300 * len(half_grid(circle.points)) * min(circle.kernel.shape[1:3]) ** 3 + MODES[-1] ** 3
+    if decomposable and size**3 <= modes_work:
         return Proof(explicit_upper(layer, level), "explicit matrix")
+    certificate, limit = "circle", "a matrix of {} x {}, too large to decompose".format(*matrix_sizes(layer))
     if circle.factor != 1:
         limit = f"padding_mode {layer.padding_mode!r}, which no circle shows, and {limit}"
-    elif len(half_grid(circle.points)) * min(circle.kernel.shape[1:3]) ** 3 > MODES_WORK:
+    elif modes_work > MOST_WORK:
         limit = f"circles of {list(circle.points)} points, too many for their modes, and {limit}"
     else:
-        bound = modes_upper(circle, level, bound)
-        if bound <= level:
-            return Proof(bound, "modes of the circle")
+        bound, certificate = modes_upper(circle, level, bound), "modes of the circle"
         limit = f"{MODES[-1]} modes of the circle, which are too few, and {limit}"
-    if min(rows, columns) <= LAST_RESORT:
+    if bound > level and decomposable:
         return Proof(explicit_upper(layer, level), "explicit matrix")
-    return Proof(bound, "circle" if circle.factor != 1 else "modes of the circle", limit)
+    return Proof(bound, certificate, limit)
 
 
 def prove_probably(search: Search, failure: float) -> Proof:

@@ -37,8 +37,8 @@ from ..winners import as_matrix
 class Arc:
     """One axis of a layer on its circle.
 
-    ``inputs[phase, point]`` and ``outputs[point]`` say which places of the circle the layer uses. ``factor`` is how
-    much the layer's norm may exceed the circle's, by this axis.
+    ``inputs[phase, point]`` and ``outputs[point]`` say which places of the circle the layer uses; inputs that it does
+    not read may share a place with others. ``factor`` is how much the layer's norm may exceed the circle's, by this axis.
     """
 
     points: int
@@ -113,9 +113,12 @@ def circle_of(layer: Layer) -> Circle:
 
 
 def power_of_two(weight: Tensor) -> float:
-    """Such that the largest entry of ``weight`` is between 1/2 and 1 times that; 1 for zeros."""
+    """Such that the largest entry of ``weight`` is between 1/2 and 1 times that; 1 for zeros.
+
+    As near to it as float64 has normal numbers.
+    """
     largest = weight.detach().abs().amax().item()
-    return math.ldexp(1.0, max(math.frexp(largest)[1], -1022)) if 0 < largest < math.inf else 1.0
+    return math.ldexp(1.0, min(max(math.frexp(largest)[1], -1022), 1023)) if 0 < largest < math.inf else 1.0
 
 
 def _zero_padded(n: int, m: int, taps: int, stride: int, dilation: int, before: int, factor: float = 1.0) -> Arc:

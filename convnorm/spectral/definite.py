@@ -31,8 +31,9 @@ def is_below(gram: Tensor, level: float, error: float = 0.0) -> Tensor:
     n = gram.shape[-1]
     diagonal = gram.diagonal(dim1=-2, dim2=-1).real
     trace = n * level - diagonal.sum(-1, keepdim=True)
+    error = error + 4 * unit_roundoff(gram.dtype) * level + factorisation_error(n, gram.dtype) * trace
     rest = -gram
-    rest.diagonal(dim1=-2, dim2=-1).add_(level - error - factorisation_error(n, gram.dtype) * trace)
+    rest.diagonal(dim1=-2, dim2=-1).add_(level - error)
     return torch.linalg.cholesky_ex(rest).info == 0
 
 

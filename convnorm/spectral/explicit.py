@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from ..layers import Layer
+from ..geometry import GeometryError, fold
+from ..layers import Layer, as_layer
+from ..norms import scaled
 from ..winners import as_matrix
+from .circle import circle_of, symbol
 from .definite import is_below, largest_eigenvalue, unit_roundoff
+from .rayleigh import check_values
+
+LARGEST = 8192  # rows or columns, the fewer of them, of a matrix that is decomposed
 
 
 def matrix_sizes(layer: Layer) -> tuple[int, int]:
@@ -26,28 +37,111 @@ def group_of(layer: Layer, group: int) -> Layer:
     return replace(layer, weight=as_matrix(layer.weight, layer.plan)[group], groups=1)
 
 
-def explicit_matrix(layer: Layer) -> Tensor:
-    """[outputs, inputs], each a channel and its position flattened, of a layer of one group. Differentiable, but for
-    padding that repeats inputs.
-    """
-    outputs, inputs = matrix_sizes(layer)
-    one = {"dtype": layer.weight.dtype, "device": layer.weight.device}
-    if inputs <= outputs or layer.padding_mode != "zeros":
-        basis = torch.eye(inputs, **one).view(inputs, layer.in_channels, *layer.in_shape)
-        return layer(basis).flatten(1).T
-    basis = torch.eye(outputs, **one).view(outputs, layer.out_channels, *layer.geometry.out_shape)
-    return layer.adjoint(basis).flatten(1)
-
-
 def explicit_upper(layer: Layer, level: float) -> float:
     """``level`` where the norm of a layer of one group, in float64, is proved to be at most that, else the norm itself,
     rounded up.
     """
-    matrix = explicit_matrix(layer).detach()
-    gram = matrix.mT @ matrix if matrix.shape[1] <= matrix.shape[0] else matrix @ matrix.mT
-    rounding = (max(matrix.shape) + 8) * unit_roundoff(gram.dtype) * float(matrix.square().sum())
-    # merged taps are sums themselves
-    rounding += 2 * len(layer.in_shape) * math.prod(layer.weight.shape[2:]) * unit_roundoff(gram.dtype) * rounding
-    if bool(is_below(gram, level**2, rounding)):
+    gram = gram_matrix(layer)
+    # each entry is a sum of products, and so is the largest sum of their absolute values
+    products = math.prod(layer.weight.shape[2:]) ** 2 * max(layer.weight.shape[:2])
+    error = (products + 8) * unit_roundoff(gram.dtype) * float(largest_row_sum(layer))
+    if bool(is_below(gram, level**2, error)):
         return level
-    return math.sqrt(float(largest_eigenvalue(gram, rounding))) * (1 + 4 * unit_roundoff(gram.dtype))
+    return math.sqrt(float(largest_eigenvalue(gram, error))) * (1 + 4 * unit_roundoff(gram.dtype))
+
+
+def largest_row_sum(layer: Layer) -> Tensor:
+    """At least the largest row sum of ``|M|^T |M|``, and so its norm."""
+    l1, linf = torch.ops.convnorm.norms(layer.weight.detach().abs(), *layer.sizes, **layer.options)
+    return 1.01 * l1 * linf
+
+
+def gram_matrix(layer: Layer) -> Tensor:
+    """M^T M of a layer of one group, or M M^T where that is smaller, in float64, from products of taps:
+
+    (M^T M)[x, x'] = sum over outputs, and their taps a and b that read x and x', of K_a^T K_b
+    """
+    kernel = layer.weight.detach().double()
+    kernel = kernel.reshape(*kernel.shape[:2], -1)  # [rows, columns, taps]
+    reads = tap_reads(layer)
+    outputs, taps = reads.shape
+    inputs = math.prod(layer.geometry.out_shape if layer.transposed else layer.in_shape)
+    by_column = kernel.shape[1] * inputs <= kernel.shape[0] * outputs
+    places, channels = (inputs, kernel.shape[1]) if by_column else (outputs, kernel.shape[0])
+    gram = kernel.new_zeros(places**2, channels**2)
+    for a, b in product(range(taps), repeat=2):
+        one, other = kernel[..., a], kernel[..., b]
+        if by_column:
+            both = (reads[:, a] >= 0) & (reads[:, b] >= 0)
+            first, second, block = reads[both, a], reads[both, b], one.T @ other
+        else:
+            first, second = _equal(reads[:, a], reads[:, b])
+            block = one @ other.T
+        index = torch.from_numpy(first * places + second).to(gram.device)
+        gram.index_add_(0, index, block.flatten().expand(len(index), -1))
+    blocks = gram.view(places, places, channels, channels).transpose(1, 2)
+    return blocks.reshape(places * channels, places * channels)
+
+
+def tap_reads(layer: Layer) -> np.ndarray:
+    """[outputs, taps]: the place of the input that an output reads through a tap, -1 for a zero of the padding.
+
+    Of a transposed layer, those of the convolution whose adjoint it is.
+    """
+    shape = layer.geometry
+    inputs, outputs = (shape.out_shape, shape.in_shape) if layer.transposed else (shape.in_shape, shape.out_shape)
+    reads = np.zeros((1, 1), np.int64)
+    for axis, (n, m) in enumerate(zip(inputs, outputs, strict=True)):
+        tap = np.arange(layer.weight.shape[2 + axis]) * shape.dilation[axis] - shape.padding[axis][0]
+        own = fold(np.add.outer(np.arange(m) * shape.stride[axis], tap), n, layer.padding_mode)
+        joined = reads[:, None, :, None] * n + own[None, :, None, :]
+        joined = np.where((reads[:, None, :, None] < 0) | (own[None, :, None, :] < 0), -1, joined)
+        reads = joined.reshape(len(reads) * m, -1)
+    return reads
+
+
+def _equal(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All pairs of places where two arrays hold the same, and that not negative."""
+    order = np.argsort(other, kind="stable")
+    low, high = (np.searchsorted(other, one, side, sorter=order) for side in ("left", "right"))
+    counts = np.where(one >= 0, high - low, 0)
+    first = np.repeat(np.arange(len(one)), counts)
+    within = np.arange(len(first)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return first, order[np.repeat(low, counts) + within]
+
+
+def explicit_matrix(layer: Layer) -> Tensor:
+    """[outputs, inputs] of a layer of one group, each a channel and its place flattened. Differentiable."""
+    _, inputs = matrix_sizes(layer)
+    basis = torch.eye(inputs, dtype=layer.weight.dtype, device=layer.weight.device)
+    return layer(basis.view(inputs, layer.in_channels, *layer.in_shape)).flatten(1).T
+
+
+def singular_values(
+    layer: nn.Module | Tensor | Layer, in_shape: Sequence[int] = (), *, scale: Tensor | None = None, **options: Any
+) -> Tensor:
+    """All singular values of a layer's matrix, the largest first, as many as its fewer of rows and columns.
+
+    From the circle where the layer is all of it (circular padding over whole strides, a fully connected layer, kernels of
+    a tap for each stride), else from the explicit matrix, which must not be too large. In float64; differentiable where
+    they are distinct.
+
+    >>> singular_values(torch.tensor([[[1.0, 0.0, -1.0]]]), [6], padding=1)
+    tensor([1.8019, 1.8019, 1.2470, 1.2470, 0.4450, 0.4450], dtype=torch.float64)
+    """
+    one = as_layer(layer, in_shape, **options)
+    one = check_values(one if scale is None else scaled(one, scale))
+    circle = circle_of(one)
+    if circle.whole:
+        points = [torch.arange(n, dtype=torch.float64) * (2 * math.pi / n) for n in circle.points]
+        grid = torch.cartesian_prod(*points).view(-1, len(points)) if points else torch.zeros(1, 0)
+        values = torch.linalg.svdvals(symbol(circle, grid)).flatten()
+        unread = min(map(math.prod, zip((one.groups, one.groups), matrix_sizes(one), strict=True))) - len(values)
+        values = F.pad(values, (0, unread))  # of outputs or inputs that the layer has beyond its circle
+    else:
+        rows, columns = matrix_sizes(one)
+        if min(rows, columns) > LARGEST or rows * columns > LARGEST**2:
+            raise GeometryError(f"convnorm: a matrix of {rows} x {columns} is too large to decompose")
+        exact = replace(one, weight=one.weight.double() / circle.scale)
+        values = torch.cat([torch.linalg.svdvals(explicit_matrix(group_of(exact, g))) for g in range(one.groups)])
+    return values.sort(descending=True).values * circle.scale

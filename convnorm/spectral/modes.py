@@ -76,7 +76,9 @@ class Modes:
         if most >= len(self.values):
             return self
         rest = max(self.rest, float(self.values[most]) + rounding(self))
-        return Modes(self.values[:most], self.place[:most], self.left[:most], self.right[:most], self.single[:most], rest)
+        return Modes(
+            self.values[:most], self.place[:most], self.left[:most], self.right[:most], self.single[:most], rest
+        )
 
     def cut_and_weighted(self, arcs: Sequence[Arc]) -> Tensor:
         """D W D of the real modes, sqrt(2) Re w and sqrt(2) Im w of each pair."""
@@ -85,7 +87,9 @@ class Modes:
         real, imaginary = same + crossed, same - crossed
         gram = torch.cat([torch.cat([real.real, real.imag], 1), torch.cat([real.imag.T, imaginary.real], 1)])
         weight = (self.values - self.rest).clamp_min(0).sqrt()
-        weight = torch.cat([torch.where(self.single, weight / math.sqrt(2), weight), weight.masked_fill(self.single, 0)])
+        weight = torch.cat(
+            [torch.where(self.single, weight / math.sqrt(2), weight), weight.masked_fill(self.single, 0)]
+        )
         return weight[:, None] * gram * weight
 
     def _cut(self, arcs: Sequence[Arc], left: Tensor, right: Tensor, sign: int) -> Tensor:
