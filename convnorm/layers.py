@@ -84,9 +84,10 @@ class Layer:
                 for (before, _), size, n in zip(shape.padding, shape.out_shape, full.shape[2:], strict=True)
             ]
             return F.pad(full, _last_axis_first(excess))
-        x = self._pad(x)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[n_axes - 1]
-        return convolve(x, self.weight, None, shape.stride, 0, shape.dilation, self.groups)
+        if ends := self._same_ends:
+            return convolve(x, self.weight, None, shape.stride, ends, shape.dilation, self.groups)
+        return convolve(self._pad(x), self.weight, None, shape.stride, 0, shape.dilation, self.groups)
 
     def adjoint(self, y: Tensor) -> Tensor:
         """The transpose of the layer's matrix, [batch, channels, *out_shape] -> [batch, channels, *in_shape].
@@ -106,8 +107,12 @@ class Layer:
             x = convolve(y, self.weight, None, shape.stride, 0, shape.dilation, self.groups)
             return x[(..., *(slice(n) for n in self.in_shape))]  # more of them where output padding reaches a stride
         convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[n_axes - 1]
-        padded = convolve(y, self.weight, None, shape.stride, 0, 0, self.groups, shape.dilation)
         sizes = [before + n + after for (before, after), n in zip(shape.padding, self.in_shape, strict=True)]
+        if ends := self._same_ends:
+            steps = zip(sizes, self.weight.shape[2:], shape.stride, shape.dilation, strict=True)
+            unread = [(size - d * (k - 1) - 1) % s for size, k, s, d in steps]
+            return convolve(y, self.weight, None, shape.stride, ends, unread, self.groups, shape.dilation)
+        padded = convolve(y, self.weight, None, shape.stride, 0, 0, self.groups, shape.dilation)
         unread = [(0, size - read) for size, read in zip(sizes, padded.shape[2:], strict=True)]
         if any(map(any, unread)):
             padded = F.pad(padded, _last_axis_first(unread))
@@ -118,6 +123,13 @@ class Layer:
         with torch.enable_grad():
             (x,) = torch.autograd.grad(self._pad(x), x, padded)
         return x
+
+    @property
+    def _same_ends(self) -> tuple[int, ...]:
+        """The padding, where PyTorch's convolutions take it themselves: as many zeros after an axis as before it."""
+        ends = self.geometry.padding
+        same = self.padding_mode == "zeros" and all(before == after for before, after in ends)
+        return tuple(before for before, _ in ends) if same else ()
 
     def _pad(self, x: Tensor) -> Tensor:
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode

@@ -19,7 +19,7 @@ from .explicit import LARGEST, explicit_upper, group_of, matrix_sizes
 from .krylov import LOOK_EVERY, STARTS, Lanczos, in_precision
 from .modes import MODES, modes_upper
 from .on_circle import circle_upper
-from .rayleigh import check_values, rayleigh
+from .rayleigh import attained, check_values, unit
 
 MOST_WORK = 5e12  # operations or so, to find the modes of a circle
 MOST_STEPS = 1000
@@ -29,8 +29,9 @@ MOST_STEPS = 1000
 class Bracket:
     """``lower <= l2 norm <= upper``, 0-dim float64 tensors; ``lower`` is differentiable in the weight.
 
-    ``certificate`` says what proves the upper bound; ``stopped`` why the bracket is wider than was asked, empty where it
-    is not. The layer maps ``right[1, channels, *in_shape]``, of l2 norm 1, to an output of l2 norm ``lower``.
+    ``certificate`` says what proves the upper bound; ``stopped`` why the bracket is wider than was asked, and is
+    empty where it is not. ``right[1, channels, *in_shape]``, of l2 norm 1, is what the layer maps to an output of l2
+    norm ``lower``.
     """
 
     lower: Tensor
@@ -67,7 +68,8 @@ def l2(
     bracket, ``failure``, for instance 1e-12, admits a bound that fails with at most this probability: Lanczos from
     starts drawn by PyTorch's random numbers.
 
-    ``scale`` multiplies the output channels, as in ``convnorm.norms``; ``start`` is the ``right`` of an earlier bracket.
+    ``scale`` multiplies the output channels, as in ``convnorm.norms``; ``start`` is the ``right`` of an earlier
+    bracket.
 
     >>> l2(torch.tensor([[[1.0, 0.0, -1.0]]]), [6], padding=1, rtol=1e-6)
     Bracket(1.80194, 1.80194, 'explicit matrix')
@@ -83,11 +85,10 @@ def l2(
     if failure is not None and not search.closed(proof.upper):
         probable = prove_probably(search, failure)
         proof = probable if probable.upper < proof.upper else replace(proof, limit=probable.limit)
-    found = rayleigh(one, search.right)
+    lower = attained(one, search.right)
     upper = torch.tensor(proof.upper * search.size, dtype=torch.float64, device=one.weight.device)
-    return Bracket(
-        found.value, upper, proof.certificate, "" if search.closed(proof.upper) else proof.limit, found.right
-    )
+    stopped = "" if search.closed(proof.upper) else proof.limit
+    return Bracket(lower, upper, proof.certificate, stopped, search.right)
 
 
 class Search:
@@ -106,9 +107,10 @@ class Search:
         self.keep(self.process.right())
 
     def keep(self, right: Tensor) -> None:
-        found = float(rayleigh(self.layer, right).value)
-        if found > self.lower:
-            self.lower, self.right = found, right
+        right = unit(right)
+        lower = float(attained(self.layer, right))
+        if lower > self.lower:
+            self.lower, self.right = lower, right
 
     @property
     def level(self) -> float:

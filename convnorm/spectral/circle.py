@@ -38,7 +38,8 @@ class Arc:
     """One axis of a layer on its circle.
 
     ``inputs[phase, point]`` and ``outputs[point]`` say which places of the circle the layer uses; inputs that it does
-    not read may share a place with others. ``factor`` is how much the layer's norm may exceed the circle's, by this axis.
+    not read may share a place with others. ``factor`` is how much the layer's norm may exceed the circle's, by this
+    axis.
     """
 
     points: int

@@ -122,9 +122,9 @@ def singular_values(
 ) -> Tensor:
     """All singular values of a layer's matrix, the largest first, as many as its fewer of rows and columns.
 
-    From the circle where the layer is all of it (circular padding over whole strides, a fully connected layer, kernels of
-    a tap for each stride), else from the explicit matrix, which must not be too large. In float64; differentiable where
-    they are distinct.
+    From the circle where the layer is all of it (circular padding over whole strides, a fully connected layer, kernels
+    of one tap), else from the explicit matrix, which must not be too large. In float64; differentiable where they are
+    distinct.
 
     >>> singular_values(torch.tensor([[[1.0, 0.0, -1.0]]]), [6], padding=1)
     tensor([1.8019, 1.8019, 1.2470, 1.2470, 0.4450, 0.4450], dtype=torch.float64)

@@ -6,10 +6,10 @@ orthonormal polynomials of the process, ``q_j = p_j(A) q_0`` its orthonormal vec
 
     1 >= sum_j (v . q_j)^2 = (v . q_0)^2 sum_j p_j(lambda)^2
 
-and ``|v . q_0| > t`` but with probability ``t sqrt(2 n / pi)``, as ``q_0`` is uniform on the sphere. So ``lambda`` is at
-most where ``sum_j p_j(lambda)^2 = 1 / t^2``. This is at least as sharp as the bound of Kuczynski and Wozniakowski (1992),
-whose Chebyshev polynomial is one of those that ``p_j`` do best among, and far sharper where the largest singular value
-stands alone.
+and ``|v . q_0| > t`` but with probability ``t sqrt(2 n / pi)``, as ``q_0`` is uniform on the sphere. So ``lambda`` is
+at most where ``sum_j p_j(lambda)^2 = 1 / t^2``. This is at least as sharp as the bound of Kuczynski and Wozniakowski
+(1992), whose Chebyshev polynomial is one of those that the ``p_j`` do best among, and far sharper where the largest
+singular value stands alone.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from ..geometry import GeometryError
 from ..layers import Layer, as_layer
-from .circle import power_of_two
-from .rayleigh import Singular, check_values, rayleigh
+from .rayleigh import Singular, check_values, rayleigh, without_scale
 
 MEMORY = 1 << 30  # bytes of vectors
 LOOK_EVERY = 5  # steps
@@ -65,8 +64,7 @@ def lanczos(
 
 def in_precision(layer: Layer, precision: torch.dtype) -> Layer:
     """The layer for a search: without its scale, which could overflow."""
-    weight = layer.weight.detach()
-    return replace(layer, weight=(weight.double() / power_of_two(weight)).to(precision))
+    return replace(layer, weight=without_scale(layer).weight.detach().to(precision))
 
 
 class Lanczos:

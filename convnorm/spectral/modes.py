@@ -8,7 +8,7 @@ the circle's. In the Fourier basis ``T`` is known: singular values ``s_i`` and v
 
 and so, cut to the layer's outputs and inputs,
 
-    norm of the layer  <=  rest + largest eigenvalue of  D W D,    D = diag(sqrt(s_i - rest)),    W = Gram matrix of the cut w_i
+    norm of the layer  <=  rest + largest eigenvalue of  D W D,    D = diag(sqrt(s_i - rest)),    W[i, j] = w_i . w_j
 
 The more modes, the sharper; with all of them it is the norm itself. Modes come in pairs of conjugates, whose real and
 imaginary parts stand for them, so that W is real.
@@ -93,8 +93,8 @@ class Modes:
         return weight[:, None] * gram * weight
 
     def _cut(self, arcs: Sequence[Arc], left: Tensor, right: Tensor, sign: int) -> Tensor:
-        """Inner products, over the layer's outputs and inputs, of the modes with waves of ``sign`` times their frequency
-        and vectors ``left`` and ``right``.
+        """Inner products, over the layer's outputs and inputs, of the modes with waves of ``sign`` times their
+        frequency and vectors ``left`` and ``right``.
         """
         steps = self.place[None] + sign * self.place[:, None]
         outputs = left @ self.left.T

@@ -19,8 +19,8 @@ class Singular:
     """A singular value of a layer from below, and its vectors: ``layer(right) = value * left``.
 
     ``value`` is certified: 0-dim, float64, rounded down, differentiable in the layer's weight. ``residual`` is
-    ``|M^T left - value right| / value``: near it, relative to the value, lies a singular value, if not always the largest.
-    ``left`` and ``right`` have a batch of one; either starts another search.
+    ``|M^T left - value right| / value``: so near to it, relatively, lies a singular value, if not always the largest.
+    ``left`` and ``right`` have a batch of one; ``right`` can start another search.
     """
 
     value: Tensor
@@ -30,34 +30,51 @@ class Singular:
 
 
 def rayleigh(layer: Layer, x: Tensor) -> Singular:
-    """The Rayleigh quotient of ``x[1, channels, *in_shape]``, which has the layer's scale taken out."""
-    x = x.detach().double()
-    x = x / torch.linalg.vector_norm(x).clamp_min(torch.finfo(x.dtype).tiny)
-    scale = power_of_two(layer.weight)
-    exact = replace(layer, weight=layer.weight.double() / scale)
-    y = exact(x)
-    quotient = torch.linalg.vector_norm(y)
+    """What ``x[1, channels, *in_shape]`` shows of the layer's singular values."""
+    right = unit(x)
+    value = attained(layer, right)
     with torch.no_grad():
-        unit = replace(exact, weight=exact.weight.detach())
-        left = y / quotient if quotient > 0 else torch.zeros_like(y)
-        off = unit.adjoint(left) - quotient * x
-        residual = torch.linalg.vector_norm(off) / quotient if quotient > 0 else quotient
-        error = rounding_error(unit, y)
-    value = ((quotient - error).clamp_min(0) * scale).clamp_max(torch.finfo(torch.float64).max)
-    return Singular(value, residual, left.detach(), x)
+        exact = without_scale(layer)
+        y = exact(right)
+        size = torch.linalg.vector_norm(y)
+        left = unit(y)
+        off = exact.adjoint(left) - size * right
+        residual = torch.linalg.vector_norm(off) / size.where(size > 0, 1)
+    return Singular(value, residual, left, right)
+
+
+def attained(layer: Layer, right: Tensor) -> Tensor:
+    """|layer(right)| for a unit vector, rounded down. Differentiable in the layer's weight."""
+    exact = without_scale(layer)
+    y = exact(right)
+    with torch.no_grad():
+        error = rounding_error(exact, y)
+    value = (torch.linalg.vector_norm(y) - error).clamp_min(0) * power_of_two(layer.weight)
+    return value.clamp_max(torch.finfo(torch.float64).max)
+
+
+def unit(x: Tensor) -> Tensor:
+    x = x.detach().double()
+    return x / torch.linalg.vector_norm(x).clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def without_scale(layer: Layer) -> Layer:
+    """In float64, where nothing can overflow."""
+    return replace(layer, weight=layer.weight.double() / power_of_two(layer.weight))
 
 
 def rounding_error(layer: Layer, y: Tensor) -> Tensor:
     """Of ``|layer(x)|`` for unit ``x``: each output is a sum of so many products, and |M| has at most ``l2_bound``."""
     terms = layer.weight[0].numel() * (layer.groups if layer.transposed else 1)
-    return (16 * terms + y.numel()) * unit_roundoff(torch.float64) * Norms(layer).l2_bound
+    detached = replace(layer, weight=layer.weight.detach())
+    return (16 * terms + y.numel()) * unit_roundoff(torch.float64) * Norms(detached).l2_bound
 
 
 def check_values(layer: Layer) -> Layer:
     """The layer, unless its weights hold what has no norm."""
     if layer.weight.is_meta:
         raise GeometryError("convnorm: weight on device meta has no values to measure")
-    layer.plan  # refuses what is no layer
+    _ = layer.plan  # refuses what is no layer
     if not layer.weight.isfinite().all():
         raise GeometryError("convnorm: weight holds NaN or inf, which has no l2 norm")
     return layer
