@@ -31,26 +31,27 @@ class Singular:
 
 def rayleigh(layer: Layer, x: Tensor) -> Singular:
     """What ``x[1, channels, *in_shape]`` shows of the layer's singular values."""
-    right = unit(x)
-    value = attained(layer, right)
+    exact, right = without_scale(layer), unit(x)
+    y = exact(right)
     with torch.no_grad():
-        exact = without_scale(layer)
-        y = exact(right)
-        size = torch.linalg.vector_norm(y)
-        left = unit(y)
+        left, size = unit(y), torch.linalg.vector_norm(y)
         off = exact.adjoint(left) - size * right
         residual = torch.linalg.vector_norm(off) / size.where(size > 0, 1)
-    return Singular(value, residual, left, right)
+    return Singular(_length(exact, y, power_of_two(layer.weight)), residual, left, right)
 
 
 def attained(layer: Layer, right: Tensor) -> Tensor:
     """|layer(right)| for a unit vector, rounded down. Differentiable in the layer's weight."""
     exact = without_scale(layer)
-    y = exact(right)
+    return _length(exact, exact(right), power_of_two(layer.weight))
+
+
+def _length(layer: Layer, y: Tensor, scale: float) -> Tensor:
+    """scale |y|, where ``y`` is the image of a unit vector, rounded down."""
     with torch.no_grad():
-        error = rounding_error(exact, y)
-    value = (torch.linalg.vector_norm(y) - error).clamp_min(0) * power_of_two(layer.weight)
-    return value.clamp_max(torch.finfo(torch.float64).max)
+        error = rounding_error(layer, y)
+    length = (torch.linalg.vector_norm(y) - error).clamp_min(0)
+    return (length * scale).clamp_max(torch.finfo(length.dtype).max)
 
 
 def unit(x: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ def without_scale(layer: Layer) -> Layer:
 
 def rounding_error(layer: Layer, y: Tensor) -> Tensor:
     """Of ``|layer(x)|`` for unit ``x``: each output is a sum of so many products, and |M| has at most ``l2_bound``."""
-    terms = layer.weight[0].numel() * (layer.groups if layer.transposed else 1)
+    terms = layer.weight.numel() // layer.out_channels
     detached = replace(layer, weight=layer.weight.detach())
     return (16 * terms + y.numel()) * unit_roundoff(torch.float64) * Norms(detached).l2_bound
 
