@@ -19,7 +19,7 @@ from convnorm.layers import as_layer
 from convnorm.spectral import bracket, lanczos, singular_values
 from convnorm.spectral.circle import circle_of, half_grid, symbol
 from convnorm.spectral.definite import is_below, largest_eigenvalue
-from convnorm.spectral.explicit import explicit_matrix, gram_matrix, group_of
+from convnorm.spectral.explicit import explicit_matrix, gram_matrices, groups_of
 from convnorm.spectral.krylov import Lanczos, in_precision
 from convnorm.spectral.modes import largest_modes
 from convnorm.spectral.on_circle import circle_upper, coarse_phases
@@ -193,13 +193,14 @@ def test_no_matrix_above_the_level_is_certified(dtype):
 def test_gram_matrices_are_those_of_the_explicit_matrix(name):
     case = TABLE[name]
     weight = torch.randn(case.weight_shape, dtype=torch.float64)
-    layer = group_of(as_layer(weight, case.in_shape, **options(case)), 0)
-    matrix = oracle.matrix(layer.weight, *case.args, **{**case.options, "groups": 1})
-    torch.testing.assert_close(explicit_matrix(layer), matrix)
-    gram = gram_matrix(layer)
-    assert len(gram) == min(matrix.shape)
-    torch.testing.assert_close(torch.linalg.eigvalsh(gram)[-1].sqrt(), torch.linalg.matrix_norm(matrix, ord=2))
-    torch.testing.assert_close(gram.square().sum(), (matrix @ matrix.T).square().sum())
+    layer = as_layer(weight, case.in_shape, **options(case))
+    for group, gram in enumerate(gram_matrices(layer)):
+        one = groups_of(layer, torch.tensor([group]))
+        matrix = oracle.matrix(one.weight, *case.args, **{**case.options, "groups": 1})
+        torch.testing.assert_close(explicit_matrix(one), matrix)
+        assert len(gram) == min(matrix.shape)
+        torch.testing.assert_close(torch.linalg.eigvalsh(gram)[-1].sqrt(), torch.linalg.matrix_norm(matrix, ord=2))
+        torch.testing.assert_close(gram.square().sum(), (matrix @ matrix.T).square().sum())
 
 
 @pytest.mark.parametrize("name", ["conv2d", "stride_2", "conv1d_same", "dilated", "asymmetric", "conv3d", "transposed"])
@@ -252,7 +253,10 @@ def test_the_gradient_is_that_of_the_norm(name):
     convnorm.l2(weight, case.in_shape, rtol=1e-8, **options(case)).lower.backward()
     again = weight.detach().clone().requires_grad_()
     layer = as_layer(again, case.in_shape, **options(case))
-    norms = [torch.linalg.matrix_norm(explicit_matrix(group_of(layer, g)), ord=2) for g in range(layer.groups)]
+    norms = [
+        torch.linalg.matrix_norm(explicit_matrix(groups_of(layer, torch.tensor([g]))), ord=2)
+        for g in range(layer.groups)
+    ]
     torch.stack(norms).max().backward()
     torch.testing.assert_close(weight.grad, again.grad, rtol=1e-2, atol=1e-3)
 

@@ -15,7 +15,7 @@ from ..layers import Layer, as_layer
 from ..norms import Norms, scaled
 from .circle import Circle, circle_of, half_grid, power_of_two
 from .definite import unit_roundoff
-from .explicit import LARGEST, explicit_upper, group_of, matrix_sizes
+from .explicit import LARGEST, explicit_uppers, groups_of, matrix_sizes
 from .krylov import LOOK_EVERY, STARTS, Lanczos, in_precision
 from .modes import MODES, modes_upper
 from .on_circle import circle_upper
@@ -155,34 +155,36 @@ def norms_upper(layer: Layer) -> Proof:
 
 
 def sharpen(search: Search, circle: Circle, upper: Tensor) -> Proof:
-    """For each group whose circle does not prove enough: its modes, or its matrix where that is small."""
-    proofs = [Proof(float(bound), "circle") for bound in upper]
-    for group in upper.argsort(descending=True).tolist():
-        if search.closed(proofs[group].upper):
-            break
-        own = replace(circle, kernel=circle.kernel[group : group + 1])
-        proofs[group] = _sharpened(group_of(search.layer, group), own, search.level, proofs[group].upper)
-    return max(proofs, key=lambda proof: proof.upper)
-
-
-def _sharpened(layer: Layer, circle: Circle, level: float, bound: float) -> Proof:
-    """Of one group, which has a norm of at most ``bound``."""
+    """For groups whose circle, of norms up to ``upper[groups]``, does not prove enough: their matrices, where those are
+    small or modes would cost more, or the modes of their circles.
+    """
+    layer, doubtful = search.layer, (upper > search.level).nonzero().flatten()
     size = min(matrix_sizes(layer))
-    decomposable = size <= LARGEST
     modes_work = 300 * len(half_grid(circle.points)) * min(circle.kernel.shape[1:3]) ** 3 + MODES[-1] ** 3
-    if decomposable and size**3 <= modes_work:
-        return Proof(explicit_upper(layer, level), "explicit matrix")
-    certificate, limit = "circle", "a matrix of {} x {}, too large to decompose".format(*matrix_sizes(layer))
+
+    def proof(uppers: Tensor, certificate: str, limit: str = "") -> Proof:
+        return Proof(float(upper.scatter(0, doubtful, uppers).max()), certificate, limit)
+
+    def by_matrix() -> Proof:
+        return proof(explicit_uppers(groups_of(layer, doubtful), search.level), "explicit matrix")
+
+    if size <= LARGEST and size**3 <= modes_work:
+        return by_matrix()
+    limit = "a matrix of {} x {}, too large to decompose".format(*matrix_sizes(layer))
     if circle.factor != 1:
-        limit = f"padding_mode {layer.padding_mode!r}, which no circle shows, and {limit}"
-    elif modes_work > MOST_WORK:
-        limit = f"circles of {list(circle.points)} points, too many for their modes, and {limit}"
+        found = proof(
+            upper[doubtful], "circle", f"padding_mode {layer.padding_mode!r}, not shown by circles, and {limit}"
+        )
+    elif modes_work * len(doubtful) > MOST_WORK:
+        points = list(circle.points)
+        found = proof(upper[doubtful], "circle", f"circles of {points} points, too many for their modes, and {limit}")
     else:
-        bound, certificate = modes_upper(circle, level, bound), "modes of the circle"
+        circles = [replace(circle, kernel=circle.kernel[group : group + 1]) for group in doubtful.tolist()]
+        bounds = zip(circles, upper[doubtful].tolist(), strict=True)
+        uppers = torch.tensor([modes_upper(one, search.level, bound) for one, bound in bounds], dtype=upper.dtype)
         limit = f"{MODES[-1]} modes of the circle, which are too few, and {limit}"
-    if bound > level and decomposable:
-        return Proof(explicit_upper(layer, level), "explicit matrix")
-    return Proof(bound, certificate, limit)
+        found = proof(uppers, "modes of the circle", limit)
+    return found if search.closed(found.upper) or size > LARGEST else by_matrix()
 
 
 def prove_probably(search: Search, failure: float) -> Proof:

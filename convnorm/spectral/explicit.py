@@ -22,6 +22,7 @@ from .definite import is_below, largest_eigenvalue, unit_roundoff
 from .rayleigh import check_values
 
 LARGEST = 8192  # rows or columns, the fewer of them, of a matrix that is decomposed
+CHUNK = 1 << 28  # bytes of Gram matrices at a time
 
 
 def matrix_sizes(layer: Layer) -> tuple[int, int]:
@@ -32,55 +33,61 @@ def matrix_sizes(layer: Layer) -> tuple[int, int]:
     )
 
 
-def group_of(layer: Layer, group: int) -> Layer:
-    """One group of a layer, as a layer of its own."""
-    return replace(layer, weight=as_matrix(layer.weight, layer.plan)[group], groups=1)
+def groups_of(layer: Layer, groups: Tensor) -> Layer:
+    """Some groups of a layer, as a layer of their own."""
+    own = as_matrix(layer.weight, layer.plan)[groups.to(layer.weight.device)]
+    return replace(layer, weight=own.flatten(0, 1), groups=len(groups))
 
 
-def explicit_upper(layer: Layer, level: float) -> float:
-    """``level`` where the norm of a layer of one group, in float64, is proved to be at most that, else the norm itself,
-    rounded up.
+def explicit_uppers(layer: Layer, level: float) -> Tensor:
+    """upper[groups] of a layer in float64: ``level`` where a group's norm is proved to be at most that, else the norm
+    itself, rounded up.
     """
-    gram = gram_matrix(layer)
-    # each entry is a sum of products, and so is the largest sum of their absolute values
+    size = min(matrix_sizes(layer))
+    uppers = []
+    for part in torch.arange(layer.groups).split(max(1, CHUNK // (8 * size**2))):
+        own = groups_of(layer, part)
+        gram, error = gram_matrices(own), gram_error(own)
+        squares = torch.full((own.groups,), level**2, dtype=gram.dtype, device=gram.device)
+        above = ~is_below(gram, level**2, error)
+        if above.any():
+            squares[above] = largest_eigenvalue(gram[above], error)
+        uppers.append(squares.sqrt() * (1 + 4 * unit_roundoff(gram.dtype)))
+    return torch.cat(uppers).cpu()
+
+
+def gram_error(layer: Layer) -> float:
+    """By how much ``gram_matrices`` are off, in the spectral norm: so many roundings of |M|^T |M|."""
     products = math.prod(layer.weight.shape[2:]) ** 2 * max(layer.weight.shape[:2])
-    error = (products + 8) * unit_roundoff(gram.dtype) * float(largest_row_sum(layer))
-    if bool(is_below(gram, level**2, error)):
-        return level
-    return math.sqrt(float(largest_eigenvalue(gram, error))) * (1 + 4 * unit_roundoff(gram.dtype))
-
-
-def largest_row_sum(layer: Layer) -> Tensor:
-    """At least the largest row sum of ``|M|^T |M|``, and so its norm."""
     l1, linf = torch.ops.convnorm.norms(layer.weight.detach().abs(), *layer.sizes, **layer.options)
-    return 1.01 * l1 * linf
+    return (products + 8) * unit_roundoff(torch.float64) * 1.01 * float(l1) * float(linf)
 
 
-def gram_matrix(layer: Layer) -> Tensor:
-    """M^T M of a layer of one group, or M M^T where that is smaller, in float64, from products of taps:
+def gram_matrices(layer: Layer) -> Tensor:
+    """M^T M of each group, or M M^T where that is smaller, [groups, n, n] in float64, from products of taps:
 
     (M^T M)[x, x'] = sum over outputs, and their taps a and b that read x and x', of K_a^T K_b
     """
-    kernel = layer.weight.detach().double()
-    kernel = kernel.reshape(*kernel.shape[:2], -1)  # [rows, columns, taps]
+    kernel = as_matrix(layer.weight.detach(), layer.plan).double()
+    kernel = kernel.reshape(*kernel.shape[:3], -1)  # [groups, rows, columns, taps]
     reads = tap_reads(layer)
     outputs, taps = reads.shape
     inputs = math.prod(layer.geometry.out_shape if layer.transposed else layer.in_shape)
-    by_column = kernel.shape[1] * inputs <= kernel.shape[0] * outputs
-    places, channels = (inputs, kernel.shape[1]) if by_column else (outputs, kernel.shape[0])
-    gram = kernel.new_zeros(places**2, channels**2)
+    by_column = kernel.shape[2] * inputs <= kernel.shape[1] * outputs
+    places, channels = (inputs, kernel.shape[2]) if by_column else (outputs, kernel.shape[1])
+    gram = kernel.new_zeros(layer.groups, places**2, channels**2)
     for a, b in product(range(taps), repeat=2):
         one, other = kernel[..., a], kernel[..., b]
         if by_column:
             both = (reads[:, a] >= 0) & (reads[:, b] >= 0)
-            first, second, block = reads[both, a], reads[both, b], one.T @ other
+            first, second, block = reads[both, a], reads[both, b], one.mT @ other
         else:
             first, second = _equal(reads[:, a], reads[:, b])
-            block = one @ other.T
+            block = one @ other.mT
         index = torch.from_numpy(first * places + second).to(gram.device)
-        gram.index_add_(0, index, block.flatten().expand(len(index), -1))
-    blocks = gram.view(places, places, channels, channels).transpose(1, 2)
-    return blocks.reshape(places * channels, places * channels)
+        gram.index_add_(1, index, block.flatten(1)[:, None].expand(-1, len(index), -1))
+    blocks = gram.unflatten(2, (channels, channels)).unflatten(1, (places, places)).transpose(2, 3)
+    return blocks.reshape(layer.groups, places * channels, places * channels)
 
 
 def tap_reads(layer: Layer) -> np.ndarray:
@@ -143,5 +150,15 @@ def singular_values(
         if min(rows, columns) > LARGEST or rows * columns > LARGEST**2:
             raise GeometryError(f"convnorm: a matrix of {rows} x {columns} is too large to decompose")
         exact = replace(one, weight=one.weight.double() / circle.scale)
-        values = torch.cat([torch.linalg.svdvals(explicit_matrix(group_of(exact, g))) for g in range(one.groups)])
+        values = torch.cat(
+            [torch.linalg.svdvals(explicit_matrix(groups_of(exact, torch.tensor([g])))) for g in range(one.groups)]
+        )
     return values.sort(descending=True).values * circle.scale
+
+
+def group_of(layer: Layer, group: int) -> Layer:
+    return groups_of(layer, torch.tensor([group]))
+
+
+def explicit_upper(layer: Layer, level: float) -> float:
+    return float(explicit_uppers(layer, level))
