@@ -17,3 +17,4 @@ from .norms import witness as witness
 from .project import project as project
 from .spectral import Bracket as Bracket
 from .spectral import l2 as l2
+from .spectral import singular_values as singular_values

@@ -5,12 +5,19 @@ the weights as they are stored, in each precision: their norm, added up in float
 bounds the operator norm; one for each input channel (``ord=1``) or output channel (``ord=inf``) bounds the absolute sum
 of the matrix's columns or rows in that channel, as an accumulator's width does. A channel within its bound stays as it
 is, to the bit; so does a tap that reads nothing but padding.
+
+``ord=2`` bounds the l2 norm of each layer, as one number: by ``method="rescale"`` the weight is multiplied by
+min(1, bound / upper), where ``upper`` is a proved bound of the layer's true norm (``spectral/rescale.py``); by
+``method="clip"`` its singular values are clipped on the layer's circle, to the nearest kernel of the same taps
+(``spectral/clip.py``). Again the bound holds for the weights as they are stored, and a weight that is proved to be
+within it stays as it is.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +28,18 @@ from . import library
 from .ball import ball_of, below, toward_zero
 from .geometry import GeometryError
 from .layers import LAYERS, Layer, Use, as_layer, naming, observe
-from .project import Constraint, bounds_of, changes_of, constraint_of, matrix_of, project_weight
+from .project import (
+    Constraint,
+    bound_of_norm,
+    bounds_of,
+    changes_of,
+    check_weight,
+    constraint_of,
+    matrix_of,
+    method_of,
+    project_weight,
+)
+from .spectral.rescale import Proved, project_norm, rescale
 
 READ_ERROR = 1e-5  # relative, of a norm read in float32: nearer to its bound, a layer is added up in float64
 
@@ -34,7 +52,9 @@ class Projection:
     layers to be bounded to their bounds: a number, or one for each input (``ord=1``) or output channel (``ord=inf``).
     A weight used at several input sizes, or shared by several layers, is bounded in each of them at once.
 
-    A step reads the weights once; only layers that exceed their bound cost more.
+    A step reads the weights once; only layers that exceed their bound cost more. With ``ord=2`` so do layers near it:
+    what was proved of a weight v bounds the norm of w, |w| <= |v| + |w - v|, until it has moved too far. ``method`` is
+    that of ``convnorm.project``.
 
     >>> import math
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
@@ -53,26 +73,34 @@ class Projection:
         *inputs: Tensor | Sequence[int],
         ord: float = 1,
         bound: float | Mapping[str, float | Tensor],
+        method: str | None = None,
     ) -> None:
+        method = method_of(ord, method)
         uses = observe(model, *inputs)
         bounds = _named_bounds(model, uses, bound)
         by_weight: dict[int, list[Use]] = {}
         for use in uses:
             if use.name in bounds:
                 by_weight.setdefault(id(use.module.weight), []).append(use)
-        self._bounded = [_BoundedWeight.of(shared, ord, bounds) for shared in by_weight.values()]
+        self._bounded: list[_BoundedWeight] | list[_BoundedNorm]
+        if ord == 2:
+            self._bounded = [_BoundedNorm.of(shared, method, bounds) for shared in by_weight.values()]
+        else:
+            self._bounded = [_BoundedWeight.of(shared, ord, bounds) for shared in by_weight.values()]
         self._ord = ord
 
     @torch.no_grad()
     def step(self) -> None:
         """Project the layers that exceed their bounds."""
-        by_device: dict[torch.device, list[_BoundedWeight]] = {}
+        by_device: dict[torch.device, list[_BoundedWeight | _BoundedNorm]] = {}
         for one in self._bounded:
             by_device.setdefault(one.module.weight.device, []).append(one)
         for bounded in by_device.values():
-            weights = [one.module.weight for one in bounded for _ in range(one.uses)]
-            plan = [number for one in bounded for number in one.constraint.plan]
-            values = library.read(weights, plan, [len(weights)])[0 if self._ord == 1 else 1].tolist()
+            weights = [weight for one in bounded for weight in [one.moved()] * one.uses]
+            plan = [number for one in bounded for number in one.plan]
+            l1s, linfs, _ = library.read(weights, plan, [len(weights)])
+            read = {1: l1s, 2: l1s.sqrt() * linfs.sqrt(), math.inf: linfs}[self._ord]
+            values = read.tolist()
             for one in bounded:
                 norm = max(values.pop(0) for _ in range(one.uses))
                 if not norm <= one.least * (1 - READ_ERROR):  # NaN is not
@@ -93,6 +121,13 @@ class _BoundedWeight:
     constraint: Constraint
     bounds: Tensor
     least: float
+
+    @property
+    def plan(self) -> tuple[int, ...]:
+        return self.constraint.plan
+
+    def moved(self) -> Tensor:
+        return self.module.weight
 
     @classmethod
     def of(cls, uses: Sequence[Use], ord: float, bounds: Mapping[str, float | Tensor]) -> _BoundedWeight:
@@ -119,6 +154,61 @@ class _BoundedWeight:
         with naming(self.name):
             for change in changes_of(matrix, self.bounds, ball):
                 matrix[change.index] = change.values
+
+
+@dataclass(eq=False)
+class _BoundedNorm:
+    """A weight of a model, the l2 norm that it may have, and what is proved already: that of ``at``, at first of 0."""
+
+    name: str
+    module: nn.Module
+    layers: list[Layer]
+    method: str
+    bound: float
+    proved: Proved
+    at: Tensor | None = None
+
+    @classmethod
+    def of(cls, uses: Sequence[Use], method: str, bounds: Mapping[str, float | Tensor]) -> _BoundedNorm:
+        first, own = uses[0], []
+        for use in uses:
+            with naming(use.name):
+                check_weight(use.module.weight)
+                own.append(bound_of_norm(bounds[use.name], torch.device("cpu")).item())
+            if own[-1] != own[0]:
+                what = f"convnorm: layers {first.name!r} and {use.name!r} share a weight"
+                raise GeometryError(f"{what}, but bounds {bounds[first.name]} and {bounds[use.name]} differ")
+        layers = [use.layer for use in uses]
+        return cls(first.name, first.module, layers, method, own[0], Proved(0.0, [None] * len(layers)))
+
+    @property
+    def uses(self) -> int:
+        return len(self.layers)
+
+    @property
+    def plan(self) -> tuple[int, ...]:
+        return tuple(number for layer in self.layers for number in layer.plan.numbers)
+
+    @property
+    def least(self) -> float:
+        """How far the weight may have moved, so that it is within the bound without another proof."""
+        return self.bound - self.proved.upper
+
+    def moved(self) -> Tensor:
+        weight = self.module.weight.detach()
+        if self.at is None or self.at.shape != weight.shape:
+            return weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return weight.to(wide) - self.at.to(weight.device, wide)
+
+    def project(self) -> None:
+        weight = self.module.weight.detach()
+        layers = [replace(layer, weight=weight) for layer in self.layers]
+        with naming(self.name):
+            projected, self.proved = project_norm(layers, self.bound, self.method, self.proved.rights)
+        if projected is not weight:
+            weight.copy_(projected)
+        self.at = weight.clone()
 
 
 def _named_bounds(
@@ -148,6 +238,7 @@ def project_(
     *inputs: Tensor | Sequence[int],
     ord: float = 1,
     bound: float | Mapping[str, float | Tensor],
+    method: str | None = None,
 ) -> nn.Module:
     """Project a model's layers, in place, onto norms of at most ``bound``: a ``Projection`` of one step.
 
@@ -155,7 +246,7 @@ def project_(
     >>> bool(model[0].weight.abs().sum((0, 2, 3)).amax() <= 0.50001)
     True
     """
-    Projection(model, *inputs, ord=ord, bound=bound).step()
+    Projection(model, *inputs, ord=ord, bound=bound, method=method).step()
     return model
 
 
@@ -164,15 +255,10 @@ class Bounded(nn.Module):
 
     bounds: Tensor
 
-    def __init__(self, layer: Layer, ord: float, bound: float | Tensor) -> None:
+    def __init__(self, bounds: Tensor, ord: float, in_shape: Sequence[int]) -> None:
         super().__init__()
-        self.constraint = constraint_of([layer], ord)
-        self.ord, self.in_shape = ord, layer.in_shape
-        bounds = bounds_of(bound, self.constraint.channels, layer.weight.device)
+        self.ord, self.in_shape = ord, in_shape
         self.register_buffer("bounds", bounds.detach().clone(), persistent=False)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return project_weight(weight, self.bounds, self.constraint)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight
@@ -188,21 +274,58 @@ class Bounded(nn.Module):
         return f"ord={self.ord}, in_shape={list(self.in_shape)}"
 
 
-def constrain(module: nn.Module, in_shape: Sequence[int] = (), *, ord: float = 1, bound: float | Tensor) -> nn.Module:
-    """Parametrise a layer such that its l1 (``ord=1``) or linf (``ord=math.inf``) norm never exceeds ``bound``.
+class BoundedChannels(Bounded):
+    """l1 or linf."""
+
+    def __init__(self, layer: Layer, ord: float, bound: float | Tensor) -> None:
+        constraint = constraint_of([layer], ord)
+        super().__init__(bounds_of(bound, constraint.channels, layer.weight.device), ord, layer.in_shape)
+        self.constraint = constraint
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return project_weight(weight, self.bounds, self.constraint)
+
+
+class BoundedNorm(Bounded):
+    """l2, by rescaling."""
+
+    def __init__(self, layer: Layer, bound: float | Tensor) -> None:
+        check_weight(layer.weight)
+        super().__init__(bound_of_norm(bound, layer.weight.device), 2, layer.in_shape)
+        self.layer = replace(layer, weight=torch.empty(layer.weight.shape, device="meta"))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return rescale(replace(self.layer, weight=weight), self.bounds)
+
+
+def constrain(
+    module: nn.Module,
+    in_shape: Sequence[int] = (),
+    *,
+    ord: float = 1,
+    bound: float | Tensor,
+    method: str | None = None,
+) -> nn.Module:
+    """Parametrise a layer such that its l1 (``ord=1``), l2 (``ord=2``) or linf (``ord=math.inf``) norm never exceeds
+    ``bound``.
 
     ``module.weight`` becomes the projection of a parameter of the same shape, which is what is trained. The bound is
     that at inputs of the spatial sizes ``in_shape``. A weight that is assigned is projected when it is read. Being of
     ``torch.nn.utils.parametrize``, it is left by ``remove_parametrizations(module, "weight")``, with the projected
     weight; ``state_dict`` holds the parameter, and no bound. ``torch.compile`` takes it in one graph, except where
-    padding merges taps.
+    padding merges taps and ``ord`` is not 2. With ``ord=2`` the weight is rescaled, at the price of a proof each time
+    that it is read.
 
     >>> import math
     >>> conv = constrain(nn.Conv2d(3, 8, 3, padding=1), in_shape=[8, 8], ord=math.inf, bound=1.0)
     >>> bool(conv.weight.abs().sum((1, 2, 3)).amax() <= 1.00001)
     True
     """
-    parametrize.register_parametrization(module, "weight", Bounded(as_layer(module, in_shape), ord, bound))
+    layer = as_layer(module, in_shape)
+    if method_of(ord, method) == "clip":
+        raise GeometryError("convnorm: method 'clip' has no derivative to train with: 'rescale' does")
+    bounded = BoundedNorm(layer, bound) if ord == 2 else BoundedChannels(layer, ord, bound)
+    parametrize.register_parametrization(module, "weight", bounded)
     return module
 
 

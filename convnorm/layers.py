@@ -78,12 +78,11 @@ class Layer:
         if self.transposed:
             convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[n_axes - 1]
             full = convolve(x, self.weight, None, shape.stride, 0, 0, self.groups, shape.dilation)
-            # negative padding crops; beyond the last output, output padding adds zeros
-            excess = [
-                (-before, before + size - n)
-                for (before, _), size, n in zip(shape.padding, shape.out_shape, full.shape[2:], strict=True)
-            ]
-            return F.pad(full, _last_axis_first(excess))
+            # padding crops; beyond the last output, output padding adds zeros
+            ends = [(before, before + size) for (before, _), size in zip(shape.padding, shape.out_shape, strict=True)]
+            missing = [(0, max(0, end - n)) for (_, end), n in zip(ends, full.shape[2:], strict=True)]
+            full = F.pad(full, _last_axis_first(missing)) if any(map(any, missing)) else full
+            return full[(..., *(slice(*both) for both in ends))]
         convolve = (F.conv1d, F.conv2d, F.conv3d)[n_axes - 1]
         if ends := self._same_ends:
             return convolve(x, self.weight, None, shape.stride, ends, shape.dilation, self.groups)

@@ -16,6 +16,7 @@ from . import library
 from .ball import Ball, Face, ball_of, below, nearest, on_face, settle, tables_of
 from .geometry import GeometryError
 from .layers import Layer, as_layer
+from .spectral.rescale import clip, rescale
 
 IN_CACHE, IN_MEMORY = 1 << 16, 1 << 22  # weights, in float64, in a few tables as large, or at worst taps times as large
 
@@ -38,21 +39,39 @@ class Constraint:
     disjoint: bool
 
 
+METHODS = ("rescale", "clip")
+
+
 def constraint_of(layers: Sequence[Layer], ord: float) -> Constraint:
     """Of uses of one weight that bound the same of it."""
-    if ord not in (1, math.inf):
-        raise ValueError(f"convnorm: ord {ord!r} must be 1 or inf")
     weight = layers[0].weight
-    if weight.is_meta:
-        raise GeometryError("convnorm: weight on device meta has no values to project")
-    if weight.dtype not in library.DTYPES or weight.layout is not torch.strided:
-        what = weight.dtype if weight.layout is torch.strided else weight.layout
-        raise GeometryError(f"convnorm: weight of {what} must be strided, of float64, float32, float16 or bfloat16")
+    check_weight(weight)
     plan = tuple(number for layer in layers for number in layer.plan.numbers)
     column = (ord == 1) != layers[0].transposed
     tables = tables_of(plan, column)
     channels = layers[0].in_channels if ord == 1 else layers[0].out_channels
     return Constraint(plan, column, layers[0].groups, channels, tables.merged is not None, tables.disjoint is not None)
+
+
+def method_of(ord: float, method: str | None) -> str:
+    """How a norm is bounded, of those ways that it has."""
+    if ord not in (1, 2, math.inf):
+        raise ValueError(f"convnorm: ord {ord!r} must be 1, 2 or inf")
+    if ord == 2:
+        if method not in (None, *METHODS):
+            raise ValueError(f"convnorm: method {method!r} must be one of {', '.join(map(repr, METHODS))}")
+        return method or METHODS[0]
+    if method is not None:
+        raise ValueError(f"convnorm: method {method!r} is for ord 2, not {ord!r}: there the projection is exact")
+    return "nearest"
+
+
+def check_weight(weight: Tensor) -> None:
+    if weight.is_meta:
+        raise GeometryError("convnorm: weight on device meta has no values to project")
+    if weight.dtype not in library.DTYPES or weight.layout is not torch.strided:
+        what = weight.dtype if weight.layout is torch.strided else weight.layout
+        raise GeometryError(f"convnorm: weight of {what} must be strided, of float64, float32, float16 or bfloat16")
 
 
 def bounds_of(bound: float | Tensor, channels: int, device: torch.device) -> Tensor:
@@ -64,6 +83,15 @@ def bounds_of(bound: float | Tensor, channels: int, device: torch.device) -> Ten
         )
     check_bounds(bounds)
     return bounds.expand(channels)
+
+
+def bound_of_norm(bound: float | Tensor, device: torch.device) -> Tensor:
+    """0-dim, in float64; differentiable."""
+    one = torch.as_tensor(bound, dtype=torch.float64, device=device)
+    if one.dim():
+        raise GeometryError(f"convnorm: bound of shape {list(one.shape)} must be one number for ord 2")
+    check_bounds(one)
+    return one
 
 
 def check_bounds(bounds: Tensor) -> None:
@@ -78,6 +106,7 @@ def project(
     *,
     ord: float = 1,
     bound: float | Tensor,
+    method: str | None = None,
     **options: Any,
 ) -> Tensor:
     """The weight nearest to a layer's whose l1 (``ord=1``) or linf (``ord=math.inf``) norm is at most ``bound``.
@@ -88,11 +117,20 @@ def project(
     for each input channel (``ord=1``) or output channel (``ord=inf``). Differentiable in the weight and in the bound:
     the derivative is that on the face of the ball where the projection lies, which is defined almost everywhere.
 
+    For the l2 norm (``ord=2``) ``bound`` is one number. ``method="rescale"``, the default, multiplies the weight by
+    min(1, bound / upper), where ``upper`` is a proved bound of the layer's true norm, some 1 % above it on most inputs
+    (``spectral/rescale.py``); it has first derivatives. ``method="clip"`` gives the nearest weight whose singular
+    values on the layer's circle are at most ``bound`` (``spectral/clip.py``), and has none.
+
     >>> project(torch.tensor([[3.0, -2.0, 0.5], [1.0, 0.0, 0.0]]), ord=math.inf, bound=2.0)
     tensor([[ 1.5000, -0.5000,  0.0000],
             [ 1.0000,  0.0000,  0.0000]])
     """
-    one = as_layer(layer, in_shape, **options)
+    one, method = as_layer(layer, in_shape, **options), method_of(ord, method)
+    if ord == 2:
+        check_weight(one.weight)
+        limit = bound_of_norm(bound, one.weight.device)
+        return rescale(one, limit) if method == "rescale" else clip(one, limit)
     constraint = constraint_of([one], ord)
     return project_weight(one.weight, bounds_of(bound, constraint.channels, one.weight.device), constraint)
 

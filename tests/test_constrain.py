@@ -585,7 +585,7 @@ ERRORS = {
     "bound_of_a_channel": (lambda: project(torch.ones(2, 2), bound=torch.tensor([1.0, -2.0])), "bound -2.0"),
     "bound_of_a_wrong_shape": (lambda: project(torch.ones(2, 3), bound=torch.ones(2)), r"bound .*\[2\].* 3 "),
     "bound_of_the_other_side": (lambda: project(torch.ones(2, 3), ord=inf, bound=torch.ones(3)), r"bound .*\[3\].* 2 "),
-    "ord": (lambda: project(torch.ones(2, 2), ord=2, bound=1.0), "ord 2"),
+    "ord": (lambda: project(torch.ones(2, 2), ord=3, bound=1.0), "ord 3"),
     "weight_of_integers": (in_float(torch.int32), "weight of torch.int32"),
     "weight_on_meta": (lambda: project(torch.ones(2, 2, device="meta"), bound=1.0), "meta"),
     "weight_nan": (lambda: project(poisoned(nan), [8, 8], bound=1.0), "weight holds nan"),

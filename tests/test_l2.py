@@ -102,6 +102,9 @@ def test_the_norm_lies_in_the_bracket(request, seed):
         rtol = (1e-2, 1e-2, 1e-5, 0.2)[number % 4]
         found = convnorm.l2(weight, case.in_shape, rtol=rtol, **options(case))
         assert_brackets(found, truth, unit, replay(seed, number, case))
+        if truth < 1e-9 and found.stopped == "rounding in float64":  # merged taps that cancel
+            assert found.upper.item() / unit < 1e-9
+            continue
         assert not found.stopped, f"{found}. {replay(seed, number, case)}"
         assert found.ratio <= 1 + rtol, f"{found}. {replay(seed, number, case)}"
 
@@ -125,6 +128,9 @@ def test_random_starts_close_every_bracket(request, seed, monkeypatch):
         case, weight, truth, unit = layer_and_norm(seed, number)
         found = convnorm.l2(weight, case.in_shape, rtol=1e-3, failure=1e-12, **options(case))
         assert_brackets(found, truth, unit, replay(seed, number, case))
+        if truth < 1e-9 and found.stopped:  # merged taps that cancel
+            assert found.upper.item() / unit < 1e-9
+            continue
         assert not found.stopped, f"{found}. {replay(seed, number, case)}"
         assert found.ratio <= 1.001
         certificates.add(found.certificate)

@@ -11,15 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from ..geometry import GeometryError
-from ..layers import Layer, as_layer
-from ..norms import Norms, scaled
+from ..layers import Layer
+from ..norms import scaled
+from .admit import admitted
+from .bounds import frobenius, sqrt_l1_linf
 from .circle import Circle, circle_of, half_grid, power_of_two
 from .definite import unit_roundoff
 from .explicit import LARGEST, explicit_uppers, groups_of, matrix_sizes
 from .krylov import LOOK_EVERY, STARTS, Lanczos, in_precision
 from .modes import MODES, modes_upper
 from .on_circle import circle_upper
-from .rayleigh import attained, check_values, unit
+from .outward import upward
+from .rayleigh import attained, rounding_error, unit
 
 MOST_WORK = 5e12  # operations or so, to find the modes of a circle
 MOST_STEPS = 1000
@@ -78,15 +81,15 @@ def l2(
         raise GeometryError(f"convnorm: rtol {rtol} must be at least 1e-9, what float64 can tell")
     if failure is not None and not 0 < failure < 1:
         raise GeometryError(f"convnorm: failure {failure} must be a probability between 0 and 1")
-    one = as_layer(layer, in_shape, **options)
-    one = check_values(one if scale is None else scaled(one, scale))
+    one = admitted(layer, in_shape, options)
+    one = one if scale is None else admitted(scaled(one, scale), (), {})
     search = Search(one, rtol, start)
     proof = prove(search)
     if failure is not None and not search.closed(proof.upper):
         probable = prove_probably(search, failure)
         proof = probable if probable.upper < proof.upper else replace(proof, limit=probable.limit)
     lower = attained(one, search.right)
-    upper = torch.tensor(proof.upper * search.size, dtype=torch.float64, device=one.weight.device)
+    upper = upward(torch.tensor(proof.upper, dtype=torch.float64, device=one.weight.device), search.size)
     stopped = "" if search.closed(proof.upper) else proof.limit
     return Bracket(lower, upper, proof.certificate, stopped, search.right)
 
@@ -115,7 +118,7 @@ class Search:
     @property
     def level(self) -> float:
         """What an upper bound may be."""
-        return self.lower * (1 + self.rtol) * (1 - 16 * unit_roundoff(torch.float64))
+        return self.lower * (1 + self.rtol) * (1 - 64 * unit_roundoff(torch.float64))
 
     def closed(self, upper: float) -> bool:
         return upper <= self.lower * (1 + self.rtol)
@@ -146,12 +149,10 @@ def prove(search: Search) -> Proof:
 
 
 def norms_upper(layer: Layer) -> Proof:
-    """From the l1 and linf norms, or the Frobenius norm."""
-    norms = Norms(layer)
-    summed = 1 + 2 * (layer.weight.numel() + 8) * unit_roundoff(torch.float64)
-    named = {"l1 and linf norms": float(norms.l2_bound), "Frobenius norm": float(norms.frobenius)}
+    """What the l1 side gives away."""
+    named = {"l1 and linf norms": float(sqrt_l1_linf(layer)), "Frobenius norm": float(frobenius(layer))}
     certificate = min(named, key=named.__getitem__)
-    return Proof(named[certificate] * summed, certificate)
+    return Proof(named[certificate], certificate)
 
 
 def sharpen(search: Search, circle: Circle, upper: Tensor) -> Proof:
@@ -162,11 +163,12 @@ def sharpen(search: Search, circle: Circle, upper: Tensor) -> Proof:
     size = min(matrix_sizes(layer))
     modes_work = 300 * len(half_grid(circle.points)) * min(circle.kernel.shape[1:3]) ** 3 + MODES[-1] ** 3
 
-    def proof(uppers: Tensor, certificate: str, limit: str = "") -> Proof:
+    def proof(uppers: Tensor, certificate: str, limit: str) -> Proof:
         return Proof(float(upper.scatter(0, doubtful, uppers).max()), certificate, limit)
 
     def by_matrix() -> Proof:
-        return proof(explicit_uppers(groups_of(layer, doubtful), search.level), "explicit matrix")
+        uppers = explicit_uppers(groups_of(layer, doubtful), search.level)
+        return proof(uppers, "explicit matrix", "rounding in float64")
 
     if size <= LARGEST and size**3 <= modes_work:
         return by_matrix()
@@ -192,18 +194,19 @@ def prove_probably(search: Search, failure: float) -> Proof:
     device = search.layer.weight.device
     seeds = torch.randint(2**62, (STARTS,)).tolist()
     processes = [Lanczos(search.layer, generator=torch.Generator(device).manual_seed(seed)) for seed in seeds]
-    each = failure ** (1 / STARTS)
+    rounding = float(rounding_error(search.layer))
     while True:
         for process in processes:
             for _ in range(LOOK_EVERY):
                 if not process.exhausted:
                     process.extend()
-        upper = math.sqrt(max(process.upper(each) for process in processes)) * (1 + 1e-12)
-        if upper <= (1 + search.rtol) * max(search.lower, math.sqrt(max(process.ritz()[0] for process in processes))):
-            search.keep(max(processes, key=lambda process: process.ritz()[0]).right())
-        stuck = all(process.exhausted for process in processes) or processes[0].steps >= MOST_STEPS
-        if search.closed(upper) or stuck:
-            break
-    search.keep(max(processes, key=lambda process: process.ritz()[0]).right())
-    limit = f"{processes[0].steps} steps of Lanczos, as many as fit into memory or are allowed"
+        best = max(processes, key=lambda process: process.ritz()[0])
+        square = max(process.upper(failure ** (1 / STARTS)) for process in processes)
+        upper = math.sqrt(square) * (1 + 1e-12) + rounding
+        stuck = all(process.exhausted or process.steps >= MOST_STEPS for process in processes)
+        if stuck or upper <= (1 + search.rtol) * max(search.lower, math.sqrt(best.ritz()[0])):
+            search.keep(best.right())
+            if stuck or search.closed(upper):
+                break
+    limit = f"{best.steps} steps of Lanczos, after which there is no memory or nothing left"
     return Proof(upper, f"Lanczos, fails with probability {failure:g}", limit)

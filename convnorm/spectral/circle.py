@@ -93,7 +93,7 @@ def circle_of(layer: Layer) -> Circle:
     """
     shape = layer.geometry
     scale = power_of_two(layer.weight)
-    kernel = as_matrix(layer.weight, layer.plan).double() / scale
+    kernel = _read_taps(layer, as_matrix(layer.weight, layer.plan).double() / scale)
     inputs, outputs = (shape.out_shape, shape.in_shape) if layer.transposed else (shape.in_shape, shape.out_shape)
     arcs = []
     for axis, (n, m) in enumerate(zip(inputs, outputs, strict=True)):
@@ -111,6 +111,15 @@ def circle_of(layer: Layer) -> Circle:
         if arc.stride > 1:
             kernel = _polyphase(kernel, 3 + axis, arc.stride, shape.dilation[axis])
     return Circle(kernel, tuple(arcs), scale)
+
+
+def _read_taps(layer: Layer, kernel: Tensor) -> Tensor:
+    """The kernel with zeros for the taps that see nothing but padding."""
+    for axis in range(len(layer.in_shape) if layer.padding_mode == "zeros" else 0):
+        entries = torch.tensor(layer.geometry.entries(axis), device=kernel.device)
+        if not entries.all():
+            kernel = kernel * (entries > 0).view(-1, *[1] * (len(layer.in_shape) - 1 - axis))
+    return kernel
 
 
 def power_of_two(weight: Tensor) -> float:

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..geometry import GeometryError, fold
-from ..layers import Layer, as_layer
+from ..layers import Layer
 from ..norms import scaled
 from ..winners import as_matrix
+from .admit import admitted
 from .circle import circle_of, symbol
 from .definite import is_below, largest_eigenvalue, unit_roundoff
-from .rayleigh import check_values
 
 LARGEST = 8192  # rows or columns, the fewer of them, of a matrix that is decomposed
 CHUNK = 1 << 28  # bytes of Gram matrices at a time
@@ -136,8 +136,8 @@ def singular_values(
     >>> singular_values(torch.tensor([[[1.0, 0.0, -1.0]]]), [6], padding=1)
     tensor([1.8019, 1.8019, 1.2470, 1.2470, 0.4450, 0.4450], dtype=torch.float64)
     """
-    one = as_layer(layer, in_shape, **options)
-    one = check_values(one if scale is None else scaled(one, scale))
+    one = admitted(layer, in_shape, options)
+    one = one if scale is None else admitted(scaled(one, scale), (), {})
     circle = circle_of(one)
     if circle.whole:
         points = [torch.arange(n, dtype=torch.float64) * (2 * math.pi / n) for n in circle.points]
@@ -154,11 +154,3 @@ def singular_values(
             [torch.linalg.svdvals(explicit_matrix(groups_of(exact, torch.tensor([g])))) for g in range(one.groups)]
         )
     return values.sort(descending=True).values * circle.scale
-
-
-def group_of(layer: Layer, group: int) -> Layer:
-    return groups_of(layer, torch.tensor([group]))
-
-
-def explicit_upper(layer: Layer, level: float) -> float:
-    return float(explicit_uppers(layer, level))

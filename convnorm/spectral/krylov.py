@@ -15,6 +15,7 @@ singular value stands alone.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from ..geometry import GeometryError
-from ..layers import Layer, as_layer
-from .rayleigh import Singular, check_values, rayleigh, without_scale
+from ..layers import Layer
+from .admit import admitted, at_least_one
+from .rayleigh import Singular, rayleigh, without_scale
 
 MEMORY = 1 << 30  # bytes of vectors
 LOOK_EVERY = 3  # steps
@@ -51,9 +53,8 @@ def lanczos(
     >>> bool(found.value <= torch.linalg.matrix_norm(conv.weight.flatten(1)) * 2)
     True
     """
-    if steps < 1:
-        raise GeometryError(f"convnorm: steps {steps} must be at least 1")
-    one = check_values(as_layer(layer, in_shape, **options))
+    at_least_one(steps=steps)
+    one = admitted(layer, in_shape, options)
     if start is not None and start.shape != (1, one.in_channels, *one.in_shape):
         wanted = [1, one.in_channels, *one.in_shape]
         raise GeometryError(f"convnorm: start of shape {list(start.shape)} must have the shape {wanted}")
@@ -171,7 +172,7 @@ class Lanczos:
     def _christoffel(self, at: float) -> float:
         """sum_j p_j(at)^2, by their recurrence; beyond the Ritz values it grows with every step."""
         before, value, total, beside_before = 0.0, 1.0, 1.0, 0.0
-        noise = self._least * max(self._diagonal)
+        noise = self._least * max(*self._diagonal, sys.float_info.min)
         for diagonal, beside in zip(self._diagonal, self._beside, strict=True):
             before, value = value, ((at - diagonal) * value - beside_before * before) / (beside + noise)
             beside_before = beside

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..geometry import GeometryError
 from ..layers import Layer
 from ..norms import Norms
 from .circle import power_of_two
 from .definite import unit_roundoff
+from .outward import LEAST
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ def attained(layer: Layer, right: Tensor) -> Tensor:
 def _length(layer: Layer, y: Tensor, scale: float) -> Tensor:
     """scale |y|, where ``y`` is the image of a unit vector, rounded down."""
     with torch.no_grad():
-        error = rounding_error(layer, y)
+        error = rounding_error(layer)
     length = (torch.linalg.vector_norm(y) - error).clamp_min(0)
-    return (length * scale).clamp_max(torch.finfo(length.dtype).max)
+    return (length * scale - LEAST).clamp(0, torch.finfo(length.dtype).max)  # the scale may make it denormal, or inf
 
 
 def unit(x: Tensor) -> Tensor:
@@ -64,18 +65,9 @@ def without_scale(layer: Layer) -> Layer:
     return replace(layer, weight=layer.weight.double() / power_of_two(layer.weight))
 
 
-def rounding_error(layer: Layer, y: Tensor) -> Tensor:
+def rounding_error(layer: Layer) -> Tensor:
     """Of ``|layer(x)|`` for unit ``x``: each output is a sum of so many products, and |M| has at most ``l2_bound``."""
     terms = layer.weight.numel() // layer.out_channels
-    detached = replace(layer, weight=layer.weight.detach())
-    return (16 * terms + y.numel()) * unit_roundoff(torch.float64) * Norms(detached).l2_bound
-
-
-def check_values(layer: Layer) -> Layer:
-    """The layer, unless its weights hold what has no norm."""
-    if layer.weight.is_meta:
-        raise GeometryError("convnorm: weight on device meta has no values to measure")
-    _ = layer.plan  # refuses what is no layer
-    if not layer.weight.isfinite().all():
-        raise GeometryError("convnorm: weight holds NaN or inf, which has no l2 norm")
-    return layer
+    outputs = layer.out_channels * math.prod(layer.geometry.out_shape)
+    magnitude = replace(layer, weight=layer.weight.detach().abs())  # where merged taps cancel, their rounding does not
+    return (16 * terms + outputs) * unit_roundoff(torch.float64) * Norms(magnitude).l2_bound

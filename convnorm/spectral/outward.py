@@ -1,0 +1,57 @@
+"""How a bound leaves a method: rounded away from the norm, with the gradient of what attains it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EPS = torch.finfo(torch.float64).eps  # twice the largest relative error of one operation
+LEAST = 5e-324  # the smallest number there is
+
+
+def upward(bound: Tensor, scale: float) -> Tensor:
+    """At least ``bound * scale``, and 0 for 0. For a bound that is itself a few operations from an upper one.
+
+    >>> upward(torch.tensor(1.5, dtype=torch.float64), 5e-324).item()  # the product would be rounded to 1e-323
+    1.5e-323
+    """
+    return bound * (1 + 8 * EPS) * scale + LEAST * bound.detach().sign()
+
+
+def carried(bound: Tensor, attained: Tensor) -> Tensor:
+    """``bound``, with the relative gradient of ``attained``; none where that is 0.
+
+    >>> x = torch.tensor(2.0, requires_grad=True)
+    >>> carried(torch.tensor(12.0), 5 * x)
+    tensor(12., grad_fn=<MulBackward0>)
+    """
+    at = attained.detach()
+    return bound.detach() * (1 + (attained - at) / at.where(at > 0, 1))
+
+
+def norms_from_above(matrices: Tensor) -> Tensor:
+    """[...]: at least the spectral norm of each of ``matrices[..., rows, columns]``, real or complex.
+
+    The root of the largest eigenvalue of the smaller Gram matrix. Sums of ``m`` products are off by at most ``2 (m + 2)
+    EPS`` times those of their absolute values, which in the spectral norm are at most the trace.
+    """
+    gram = smaller_gram(matrices)
+    trace = gram.diagonal(dim1=-2, dim2=-1).real.sum(-1)
+    error = 2 * (max(matrices.shape[-2:]) + 2) * EPS * trace
+    largest = trace if gram.shape[-1] == 1 else torch.linalg.eigvalsh(gram)[..., -1].clamp_min(0)
+    # an eigenvalue is that of a matrix that differs by a modest multiple of n roundoffs
+    return (largest + error + 8 * gram.shape[-1] * EPS * trace).sqrt()
+
+
+def smaller_gram(matrices: Tensor) -> Tensor:
+    """M^* M, or M M^* where that is smaller."""
+    rows, columns = matrices.shape[-2:]
+    return matrices @ matrices.mH if rows < columns else matrices.mH @ matrices
+
+
+def attained_norm(matrix: Tensor) -> Tensor:
+    """|M v| for the singular vector v of the largest singular value: differentiable, where it repeats too."""
+    wide = matrix.shape[-2] < matrix.shape[-1]
+    with torch.no_grad():
+        vector = torch.linalg.eigh(smaller_gram(matrix))[1][..., -1:]
+    return torch.linalg.vector_norm((matrix.mH if wide else matrix) @ vector)
