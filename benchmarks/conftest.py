@@ -1,14 +1,20 @@
-"""Collects the rows that the benchmarks measure, prints them, and writes those of a whole run to results/."""
+"""Collects what the benchmarks measure, prints it, and writes that of a whole run to results/."""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from .record import Row, table, write
+from . import table1
+from .layers import BEYOND, TABLE1
+from .record import Row, machine, table, write
 
 ROWS = pytest.StashKey[list[Row]]()
+CELLS = pytest.StashKey[list[table1.Cell]]()
+BAR = 30
 
 
 @pytest.fixture
@@ -17,16 +23,51 @@ def rows(request: pytest.FixtureRequest) -> list[Row]:
     return request.config.stash.setdefault(ROWS, [])
 
 
+@pytest.fixture
+def cells(request: pytest.FixtureRequest) -> list[table1.Cell]:
+    """The cells of Table 1 of this run, to append to."""
+    return request.config.stash.setdefault(CELLS, [])
+
+
+@pytest.fixture
+def progress(request: pytest.FixtureRequest) -> Iterator[Callable[[float, str], None]]:
+    """``progress(part of this test, what it does)`` draws a bar, on a terminal."""
+    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+    capture = request.config.pluginmanager.get_plugin("capturemanager")
+    items = request.session.items
+
+    def draw(part: float, what: str) -> None:
+        full = round(BAR * (items.index(request.node) + part) / len(items))
+        write(f"[{'#' * full}{'.' * (BAR - full)}] {what}")
+
+    def write(line: str) -> None:
+        if reporter.isatty:
+            with capture.global_and_fixture_disabled():
+                reporter.rewrite(line, erase=True)
+                reporter.flush()
+
+    yield draw
+    write("")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
-    rows = config.stash.get(ROWS, [])
-    if not rows:
-        return
-    terminalreporter.section("norms, norm decay and projections against a bare read of the weights")
-    terminalreporter.write_line(table(rows))
-    ended = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
-    selected = terminalreporter.stats.get("deselected") or config.args_source is not pytest.Config.ArgsSource.TESTPATHS
-    if ended and not selected and not config.option.quick:
-        failed = [report.nodeid for kind in ("failed", "error") for report in terminalreporter.stats.get(kind, [])]
-        command = shlex.join(["pytest", *map(str, config.invocation_params.args)])
-        path = write(rows, failed, command)
-        terminalreporter.write_line(f"Written to {path.relative_to(config.rootpath)} and {path.stem}.json")
+    failed = [report.nodeid for kind in ("failed", "error") for report in terminalreporter.stats.get(kind, [])]
+    command = shlex.join(["pytest", *map(str, config.invocation_params.args)])
+    ended = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and not config.option.quick
+    if rows := config.stash.get(ROWS, []):
+        terminalreporter.section("norms, norm decay and projections against a bare read of the weights")
+        terminalreporter.write_line(table(rows))
+        selected = terminalreporter.stats.get("deselected")
+        if ended and not selected and config.args_source is pytest.Config.ArgsSource.TESTPATHS:
+            said(terminalreporter, write(rows, failed, command))
+    if cells := config.stash.get(CELLS, []):
+        paper, beyond = (table1.Table.of_layers(names, cells) for names in (TABLE1, BEYOND))
+        terminalreporter.section("Table 1")
+        terminalreporter.write_line(table1.text(paper, beyond, machine()))
+        if ended and paper.complete and beyond.complete:
+            said(terminalreporter, table1.write(paper, beyond, machine(), failed, command))
+
+
+def said(terminalreporter: pytest.TerminalReporter, markdown: Path) -> None:
+    root = terminalreporter.config.rootpath
+    terminalreporter.write_line(f"Written to {markdown.relative_to(root)} and beside it")

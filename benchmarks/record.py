@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,8 +95,13 @@ def short(value: float) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
+    return aligned([row.cells() for row in rows])
+
+
+def aligned(cells: Sequence[dict[str, str]]) -> str:
     """As Markdown that lines up, without columns that are empty throughout."""
-    cells = [row.cells() for row in rows]
+    if not cells:
+        return ""
     columns = {name: [name, *(row[name] for row in cells)] for name in cells[0] if any(row[name] for row in cells)}
     for column in columns.values():
         column.insert(1, "-" * max(map(len, column)))
@@ -105,15 +111,22 @@ def table(rows: Sequence[Row]) -> str:
 
 def write(rows: Sequence[Row], failed: Sequence[str], command: str) -> Path:
     """Both files; returns the Markdown one."""
+    return save("Benchmarks", f"{LEGEND}\n\n{table(rows)}", rows, failed, command)
+
+
+def save(
+    title: str, text: str, rows: Sequence[Any], failed: Sequence[str], command: str, suffix: str = "", **more: Any
+) -> Path:
+    """Markdown of ``text`` and where it was measured, and JSON of ``rows``, dataclasses, and ``more``."""
     setting = where_and_when(command)
     name = f"{setting['date']}-{re.sub('[^a-z0-9]+', '-', (setting['gpu'] or setting['cpu']).lower()).strip('-')}"
-    markdown = (HERE / "results" / name).with_suffix(".md")
+    markdown = HERE / "results" / f"{name}{suffix}.md"
     markdown.parent.mkdir(exist_ok=True)
     rows_as_json = ",\n".join(f"  {json.dumps(asdict(row))}" for row in rows)
-    head = json.dumps(setting | {"failed": list(failed)}, indent=1)[:-2]
+    head = json.dumps(setting | more | {"failed": list(failed)}, indent=1)[:-2]
     markdown.with_suffix(".json").write_text(f'{head},\n "rows": [\n{rows_as_json}\n ]\n}}\n')
     facts = [f"- {key}: {value}" for key, value in (setting | {"failed": ", ".join(failed)}).items() if value]
-    markdown.write_text("\n".join(["# Benchmarks", "", *facts, "", LEGEND, "", table(rows), ""]))
+    markdown.write_text("\n".join([f"# {title}", "", *facts, "", text, ""]))
     return markdown
 
 
@@ -139,6 +152,13 @@ def commit() -> str | None:
         return subprocess.run(describe, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def machine() -> str:
+    """What serves the benchmarks that run on the best that there is."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{cpu_model()}, {torch.get_num_threads()} threads"
 
 
 def cpu_model() -> str:

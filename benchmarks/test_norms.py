@@ -1,6 +1,6 @@
 """Both norms of a layer, and of all layers of a network, against a bare read of the weights.
 
-``pytest --benchmark -k "table1 and native"`` or ``-k "resnet18 and cuda"`` selects; the names are those of the table.
+``pytest --benchmark -k "kernel and native"`` or ``-k "resnet18 and cuda"`` selects; the names are those of the table.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def is_quick(case: Case) -> bool:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
-        names = list(TABLE1 if metafunc.function is test_table1 else NETWORKS)
+        names = list(TABLE1 if metafunc.function is test_kernel else NETWORKS)
         metafunc.parametrize("case", list(cases(names, metafunc.config.option.quick)), ids=str)
 
 
@@ -91,7 +91,7 @@ def seconds(request):
     return QUICK_SECONDS if request.config.option.quick else SECONDS
 
 
-def test_table1(case, benchmark, rows, seconds):
+def test_kernel(case, benchmark, rows, seconds):
     rows.append(measure(case, benchmark, seconds))
 
 

@@ -1,0 +1,29 @@
+"""The promise: the README's main command measures what it says, and what it prints is right."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.skipif(not (ROOT / "benchmarks").exists(), reason="away from the source tree there are no benchmarks")
+def test_a_kernel_of_table1():
+    command = [sys.executable, "-m", "pytest", "--benchmark", "--quick", "-q", "-k", "table1 and 3x3x32x32"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    table = next(part for part in done.stdout.split("\n\n") if part.startswith("| seconds for 100 calls"))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    ratios = {method: [float(ratio) for ratio in span.split("-")] for method, span, *_ in rows if span}
+    seconds = {method: float(cell.split()[0]) for method, _, cell, *_ in rows}  # [3] calls or so follow
+
+    lower, upper = ratios["l2: bracket to 1e-2"]
+    assert 0.99 < lower <= 1 <= upper < 1.01
+    assert 0.99 < ratios["l2: VS as published"][0] < 1 < ratios["l2: Gram iteration"][0] < 1.01
+    assert 0.9 < ratios["l2: VS as released, BROKEN"][0] < 0.97  # as the gradient that is never cleared leaves it
+    assert ratios["l1, linf: convnorm"] == ratios["l1, linf: PyTorch"] == [1]
+    assert (seconds["paper: l2 (VS)"], seconds["paper: linf (ours)"]) == (26.5, 0.00576)
+    assert seconds["l1, linf: convnorm"] < seconds["l2: VS as published"] < seconds["l2: VS as released, BROKEN"]
