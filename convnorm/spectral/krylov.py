@@ -30,7 +30,7 @@ from .rayleigh import Singular, rayleigh, without_scale
 
 MEMORY = 1 << 30  # bytes of vectors
 LOOK_EVERY = 3  # steps
-ENOUGH = 0.1  # of the relative error asked for: when a step adds no more, what all others would add is less than it
+ORDER = 3  # the error is taken to fall as this power of the steps, at least: it is then steps / ORDER times what one adds
 STARTS = 2  # of the probable bound, which fails only if all of them do: each may fail too often for rounding to matter
 ROUNDING = 1e-12  # of a vector's component, over a whole process in float64
 
@@ -111,14 +111,15 @@ class Lanczos:
 
     def run(self, rtol: float, steps: int) -> None:
         """Until the largest singular value is found to about ``rtol``, or that many steps are done."""
-        before = -math.inf
+        before = last = 0.0
         while self.steps < steps and not self.exhausted:
             self.extend()
             if self.steps % LOOK_EVERY == 0:
-                value = self.ritz()[0]
-                if value <= before * (1 + 2 * LOOK_EVERY * ENOUGH * rtol):  # they are squares
+                square = self.ritz()[0]
+                added = (square - before) / (2 * LOOK_EVERY)
+                if added * self.steps / ORDER <= 2 * rtol * square:
                     break
-                before = value
+                before, last = last, square
 
     @torch.no_grad()
     def extend(self) -> None:
