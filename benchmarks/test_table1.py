@@ -22,7 +22,7 @@ from convnorm.geometry import GeometryError
 from convnorm.layers import Layer
 from convnorm.spectral.bracket import Bracket, l2
 from convnorm.spectral.gram import gram_iteration
-from convnorm.spectral.krylov import lanczos
+from convnorm.spectral.lanczos import lanczos
 from convnorm.spectral.rayleigh import Singular
 
 from . import plot

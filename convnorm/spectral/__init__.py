@@ -9,7 +9,7 @@ from .explicit import singular_values as singular_values
 from .fft import circle_norm as circle_norm
 from .fft import fft_singular_values as fft_singular_values
 from .gram import gram_iteration as gram_iteration
-from .krylov import lanczos as lanczos
+from .lanczos import lanczos as lanczos
 from .power_iteration import PowerIteration as PowerIteration
 from .power_iteration import power_iteration as power_iteration
 from .rayleigh import Singular as Singular

@@ -19,6 +19,7 @@ from .circle import Circle, circle_of, half_grid, power_of_two
 from .definite import unit_roundoff
 from .explicit import LARGEST, explicit_uppers, groups_of, matrix_sizes
 from .krylov import LOOK_EVERY, STARTS, Lanczos, in_precision
+from .lanczos import search
 from .modes import MODES, modes_upper
 from .on_circle import circle_upper
 from .outward import upward
@@ -101,9 +102,10 @@ class Search:
         self.size = power_of_two(layer.weight)
         self.layer = in_precision(layer, torch.float64)
         self.rtol = rtol
-        self.process = Lanczos(in_precision(layer, torch.float64 if rtol < 1e-5 else torch.float32), start)
+        precision = torch.float64 if rtol < 1e-5 else torch.float32
+        self.process = search(in_precision(layer, precision), rtol / 5, MOST_STEPS, start)
         self.lower = -1.0
-        self.run(rtol / 5)
+        self.keep(self.process.right())
 
     def run(self, rtol: float) -> None:
         self.process.run(rtol, MOST_STEPS)
@@ -200,11 +202,11 @@ def prove_probably(search: Search, failure: float) -> Proof:
             for _ in range(LOOK_EVERY):
                 if not process.exhausted:
                     process.extend()
-        best = max(processes, key=lambda process: process.ritz()[0])
+        best = max(processes, key=lambda process: process.ritz())
         square = max(process.upper(failure ** (1 / STARTS)) for process in processes)
         upper = math.sqrt(square) * (1 + 1e-12) + rounding
         stuck = all(process.exhausted or process.steps >= MOST_STEPS for process in processes)
-        if stuck or upper <= (1 + search.rtol) * max(search.lower, math.sqrt(best.ritz()[0])):
+        if stuck or upper <= (1 + search.rtol) * max(search.lower, math.sqrt(best.ritz())):
             search.keep(best.right())
             if stuck or search.closed(upper):
                 break

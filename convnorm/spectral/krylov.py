@@ -16,52 +16,19 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..geometry import GeometryError
 from ..layers import Layer
-from .admit import admitted, at_least_one
-from .rayleigh import Singular, rayleigh, without_scale
+from .rayleigh import without_scale
 
 MEMORY = 1 << 30  # bytes of vectors
 LOOK_EVERY = 3  # steps
-ORDER = 3  # the error is taken to fall as this power of the steps, at least: it is then steps / ORDER times what one adds
+ORDER = 3  # the error is taken to fall as this power of the steps: it is then steps / ORDER times what a step adds
 STARTS = 2  # of the probable bound, which fails only if all of them do: each may fail too often for rounding to matter
 ROUNDING = 1e-12  # of a vector's component, over a whole process in float64
-
-
-def lanczos(
-    layer: nn.Module | Tensor | Layer,
-    in_shape: Sequence[int] = (),
-    *,
-    rtol: float = 1e-3,
-    steps: int = 300,
-    start: Tensor | None = None,
-    **options: Any,
-) -> Singular:
-    """The largest singular value of any layer, from below, to about ``rtol``.
-
-    ``start[1, channels, *in_shape]`` begins where another search ended, after a few steps of training for instance.
-
-    >>> conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)
-    >>> found = lanczos(conv, [16, 16])
-    >>> bool(found.value <= torch.linalg.matrix_norm(conv.weight.flatten(1)) * 2)
-    True
-    """
-    at_least_one(steps=steps)
-    one = admitted(layer, in_shape, options)
-    if start is not None and start.shape != (1, one.in_channels, *one.in_shape):
-        wanted = [1, one.in_channels, *one.in_shape]
-        raise GeometryError(f"convnorm: start of shape {list(start.shape)} must have the shape {wanted}")
-    precision = torch.float64 if rtol < 1e-5 else torch.float32
-    process = Lanczos(in_precision(one, precision), start)
-    process.run(rtol, steps)
-    return rayleigh(one, process.right())
 
 
 def in_precision(layer: Layer, precision: torch.dtype) -> Layer:
@@ -115,7 +82,7 @@ class Lanczos:
         while self.steps < steps and not self.exhausted:
             self.extend()
             if self.steps % LOOK_EVERY == 0:
-                square = self.ritz()[0]
+                square = self.ritz()
                 added = (square - before) / (2 * LOOK_EVERY)
                 if added * self.steps / ORDER <= 2 * rtol * square:
                     break
@@ -141,22 +108,30 @@ class Lanczos:
         self._basis[self.steps] = vector
         return self._basis[: self.steps + 1]
 
-    def ritz(self) -> tuple[float, Tensor]:
-        """The square of the largest singular value found, and its vector in coordinates of the basis."""
+    def ritz(self) -> float:
+        """The square of the largest singular value found."""
+        return self._ritz()[0][-1].item()
+
+    def _ritz(self) -> tuple[Tensor, Tensor]:
+        """All squares, and their vectors in coordinates of the basis."""
         projected = torch.diag(torch.tensor(self._diagonal, dtype=torch.float64))
         beside = torch.tensor(self._beside[:-1], dtype=torch.float64)
-        values, vectors = torch.linalg.eigh(projected + torch.diag(beside, 1) + torch.diag(beside, -1))
-        return values[-1].item(), vectors[:, -1]
+        return torch.linalg.eigh(projected + torch.diag(beside, 1) + torch.diag(beside, -1))
 
     def right(self) -> Tensor:
         """The input whose image is the longest found."""
-        side = (self.ritz()[1].to(self._next) @ self._basis[: self.steps]).view(self._shape).movedim(-1, 1)
-        return side if self._on_inputs else self._there(side)
+        return self.rights(1)[0]
+
+    def rights(self, count: int) -> list[Tensor]:
+        """The inputs of so many of the largest singular values found, each ``[1, channels, *in_shape]``."""
+        basis = self._basis[: self.steps]
+        sides = [(vector @ basis).view(self._shape).movedim(-1, 1) for vector in self._ritz()[1].to(basis).mT[-count:]]
+        return [side if self._on_inputs else self._there(side) for side in reversed(sides)]
 
     def upper(self, failure: float) -> float:
         """At least the largest squared singular value, but with this probability, given a random start."""
         t = failure / math.sqrt(2 * self.size / math.pi) - ROUNDING
-        low = max(self.ritz()[0], 0.0)
+        low = max(self.ritz(), 0.0)
         high = low + sum(self._beside) + self._least
         if t <= 0:
             return math.inf

@@ -27,7 +27,7 @@ from .bounds import sqrt_l1_linf
 from .circle import circle_of, power_of_two
 from .clip import NEAR, nearest
 from .explicit import explicit_uppers, groups_of, matrix_sizes
-from .krylov import lanczos
+from .lanczos import lanczos
 from .on_circle import circle_upper
 from .rayleigh import rayleigh
 

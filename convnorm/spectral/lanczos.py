@@ -1,0 +1,97 @@
+"""The largest singular value from below: Lanczos, begun with what it finds on an input half as large, made wider.
+
+The largest singular vectors of a convolution are waves, of a frequency and of channels that hardly depend on the size
+of the input, under an envelope that fills it. So most of the search is done on small inputs, where it costs little,
+and a few steps at full size are left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..geometry import GeometryError
+from ..layers import Layer
+from .admit import admitted, at_least_one
+from .krylov import Lanczos, in_precision
+from .rayleigh import Singular, rayleigh
+
+SMALLEST = 16  # inputs of an axis that is not halved any more: on fewer, other waves may win
+WAVES = 3  # the largest few, since their order may change with the size
+FADING = 0.7
+NOISE = 0.1  # keeps the start from being blind to any other
+
+
+def lanczos(
+    layer: nn.Module | Tensor | Layer,
+    in_shape: Sequence[int] = (),
+    *,
+    rtol: float = 1e-3,
+    steps: int = 300,
+    start: Tensor | None = None,
+    **options: Any,
+) -> Singular:
+    """The largest singular value of any layer, from below, to about ``rtol``.
+
+    ``start[1, channels, *in_shape]`` begins where another search ended, after a few steps of training for instance.
+
+    >>> conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+    >>> found = lanczos(conv, [16, 16])
+    >>> bool(found.value <= torch.linalg.matrix_norm(conv.weight.flatten(1)) * 2)
+    True
+    """
+    at_least_one(steps=steps)
+    one = admitted(layer, in_shape, options)
+    if start is not None and start.shape != (1, one.in_channels, *one.in_shape):
+        wanted = [1, one.in_channels, *one.in_shape]
+        raise GeometryError(f"convnorm: start of shape {list(start.shape)} must have the shape {wanted}")
+    precision = torch.float64 if rtol < 1e-5 else torch.float32
+    return rayleigh(one, search(in_precision(one, precision), rtol, steps, start).right())
+
+
+def search(layer: Layer, rtol: float, steps: int, start: Tensor | None = None) -> Lanczos:
+    """Lanczos to about ``rtol``, from ``start``, or from what it finds on smaller inputs."""
+    if start is None and (smaller := _halved(layer)):
+        start = widened(search(smaller, rtol, steps), layer)
+    process = Lanczos(layer, start)
+    process.run(rtol, steps)
+    return process
+
+
+def _halved(layer: Layer) -> Layer | None:
+    """The layer on inputs half as large, where that leaves enough of them for its kernel."""
+    shape = layer.geometry
+    axes = zip(layer.in_shape, layer.weight.shape[2:], shape.dilation, shape.padding, strict=True)
+    least = [(n, max(SMALLEST, 2 * d * k, 2 * max(padding))) for n, k, d, padding in axes]
+    halves = tuple(-(-n // 2) if n >= 2 * enough else n for n, enough in least)
+    return replace(layer, in_shape=halves) if halves != layer.in_shape else None
+
+
+def widened(process: Lanczos, layer: Layer) -> Tensor:
+    """[1, channels, *in_shape]: the waves that a search on smaller inputs found, as wide as the layer's."""
+    weight = layer.weight
+    generator = torch.Generator(weight.device).manual_seed(1)
+    shape = (1, layer.in_channels, *layer.in_shape)
+    start = NOISE * _unit(torch.randn(shape, dtype=weight.dtype, device=weight.device, generator=generator))
+    axes = tuple(range(2, start.dim()))
+    for order, right in enumerate(process.rights(WAVES)):
+        spectrum = torch.fft.fftn(right, s=[2 * n for n in layer.in_shape], dim=axes)
+        energy = spectrum.abs().square().sum((0, 1))
+        place = torch.unravel_index(energy.argmax(), energy.shape)
+        wave = spectrum[(..., *place)]
+        for at, n in zip(place, layer.in_shape, strict=True):
+            x = torch.arange(n, device=start.device)
+            angle = at * x * (math.pi / n)
+            envelope = torch.sin((x + 1) * (math.pi / (n + 1)))
+            wave = wave.unsqueeze(-1) * torch.polar(envelope, angle)
+        start += FADING**order * _unit(wave.real)
+    return start
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / torch.linalg.vector_norm(x).clamp_min(torch.finfo(x.dtype).tiny)
