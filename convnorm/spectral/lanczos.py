@@ -80,7 +80,7 @@ def widened(process: Lanczos, layer: Layer) -> Tensor:
     start = NOISE * _unit(torch.randn(shape, dtype=weight.dtype, device=weight.device, generator=generator))
     axes = tuple(range(2, start.dim()))
     for order, right in enumerate(process.rights(WAVES)):
-        spectrum = torch.fft.fftn(right, s=[2 * n for n in layer.in_shape], dim=axes)
+        spectrum = torch.fft.rfftn(right, s=[2 * n for n in layer.in_shape], dim=axes)
         energy = spectrum.abs().square().sum((0, 1))
         place = torch.unravel_index(energy.argmax(), energy.shape)
         wave = spectrum[(..., *place)]
