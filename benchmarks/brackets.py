@@ -92,6 +92,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     only = parser.parse_args(arguments).only
+    torch.set_num_threads(1)
     rows, text = [], [LEGEND]
     for name in only:
         torch.manual_seed(0)
@@ -121,9 +122,10 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 LEGEND = f"""\
-Layers as they are initialised (`torch.manual_seed(0)`). `lower`, `upper` and the first time: `convnorm.l2(layer)`, which
-is deterministic, to {WIDE:g}. Then `convnorm.l2(layer, rtol={NARROW:g}, failure={FAILURE:g})`, begun where the first one
-ended: by the same proofs where they reach that far, else by Lanczos from random starts. `OPEN`: wider than asked for."""
+Layers as they are initialised (`torch.manual_seed(0)`), one thread. `lower`, `upper` and the first time:
+`convnorm.l2(layer)`, which is deterministic, to {WIDE:g}. Then `convnorm.l2(layer, rtol={NARROW:g},
+failure={FAILURE:g})`, begun where the first one ended: by the same proofs where they reach that far, else by Lanczos from
+random starts. `OPEN`: wider than asked for."""
 
 if __name__ == "__main__":
     main(sys.argv[1:])

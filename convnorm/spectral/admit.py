@@ -33,6 +33,16 @@ def admitted(layer: nn.Module | Tensor | Layer, in_shape: Sequence[int], options
     return one
 
 
+def admitted_start(start: Tensor | None, layer: Layer) -> Tensor | None:
+    """An input of the layer that a search begins from."""
+    wanted = [1, layer.in_channels, *layer.in_shape]
+    if start is not None and list(start.shape) != wanted:
+        raise GeometryError(f"convnorm: start of shape {list(start.shape)} must have the shape {wanted}")
+    if start is not None and not (start.isfinite().all() and start.any()):
+        raise GeometryError("convnorm: start holds NaN or inf, or nothing but zeros: it leads nowhere")
+    return start
+
+
 def at_least_one(**settings: int) -> None:
     for name, value in settings.items():
         if value < 1:

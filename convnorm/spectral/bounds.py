@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ..layers import Layer
 from ..norms import Norms
 from .admit import admitted
-from .circle import power_of_two
+from .circle import power_of_two, with_read_taps
 from .outward import EPS, upward
 from .rayleigh import without_scale
 
@@ -47,8 +48,12 @@ def _measured(layer: Layer) -> tuple[Norms, Norms, float, float]:
     """The norms in float64 with the scale taken out, those of absolute weights, and by how much of the latter the
     former may be off: sums of at most so many terms. The two differ where padding merges taps, which may cancel.
     """
+    layer = with_read_taps(layer)
     exact = without_scale(layer)
     norms = Norms(exact)
     merging = any(axis.merged for axis in layer.plan.axes)
     absolute = Norms(replace(exact, weight=exact.weight.detach().abs())) if merging else norms
-    return norms, absolute, (layer.weight.numel() + 8) * EPS, power_of_two(layer.weight)
+    terms = math.prod(layer.weight.shape[:2])
+    for axis in layer.plan.axes:  # a window that reads a merged tap many times adds it as many times
+        terms *= max(axis.merged_taps, *map(len, axis.inputs), *map(len, axis.outputs))
+    return norms, absolute, (terms + 8) * EPS, power_of_two(layer.weight)

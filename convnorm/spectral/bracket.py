@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ..geometry import GeometryError
 from ..layers import Layer
 from ..norms import scaled
-from .admit import admitted
+from .admit import admitted, admitted_start
 from .bounds import frobenius, sqrt_l1_linf
-from .circle import Circle, circle_of, half_grid, power_of_two
+from .circle import Circle, circle_of, half_grid, power_of_two, with_read_taps
 from .definite import unit_roundoff
 from .explicit import LARGEST, explicit_uppers, groups_of, matrix_sizes
 from .krylov import LOOK_EVERY, STARTS, Lanczos, in_precision
@@ -25,7 +25,9 @@ from .on_circle import circle_upper
 from .outward import upward
 from .rayleigh import attained, rounding_error, unit
 
-MOST_WORK = 5e12  # operations or so, to find the modes of a circle
+EIGENVECTORS = 55.0  # what those of a matrix cost, in factorisations of a real one of the size
+MOST_WORK = 1e12  # that modes may cost, in cubes of sizes that are factorised
+NARROW = 1.06  # how far above the norm a circle may be for its modes to close the bracket
 MOST_STEPS = 1000
 
 
@@ -83,8 +85,8 @@ def l2(
     if failure is not None and not 0 < failure < 1:
         raise GeometryError(f"convnorm: failure {failure} must be a probability between 0 and 1")
     one = admitted(layer, in_shape, options)
-    one = one if scale is None else admitted(scaled(one, scale), (), {})
-    search = Search(one, rtol, start)
+    one = with_read_taps(one if scale is None else admitted(scaled(one, scale), (), {}))
+    search = Search(one, rtol, admitted_start(start, one))
     proof = prove(search)
     if failure is not None and not search.closed(proof.upper):
         probable = prove_probably(search, failure)
@@ -163,7 +165,7 @@ def sharpen(search: Search, circle: Circle, upper: Tensor) -> Proof:
     """
     layer, doubtful = search.layer, (upper > search.level).nonzero().flatten()
     size = min(matrix_sizes(layer))
-    modes_work = 300 * len(half_grid(circle.points)) * min(circle.kernel.shape[1:3]) ** 3 + MODES[-1] ** 3
+    modes_work = EIGENVECTORS * len(half_grid(circle.points)) * min(circle.kernel.shape[1:3]) ** 3 + 8 * MODES[1] ** 3
 
     def proof(uppers: Tensor, certificate: str, limit: str) -> Proof:
         return Proof(float(upper.scatter(0, doubtful, uppers).max()), certificate, limit)
@@ -172,7 +174,7 @@ def sharpen(search: Search, circle: Circle, upper: Tensor) -> Proof:
         uppers = explicit_uppers(groups_of(layer, doubtful), search.level)
         return proof(uppers, "explicit matrix", "rounding in float64")
 
-    if size <= LARGEST and size**3 <= modes_work:
+    if size <= LARGEST and (size**3 <= modes_work or upper.max() > NARROW * search.level):
         return by_matrix()
     limit = "a matrix of {} x {}, too large to decompose".format(*matrix_sizes(layer))
     if circle.factor != 1:
@@ -185,7 +187,8 @@ def sharpen(search: Search, circle: Circle, upper: Tensor) -> Proof:
     else:
         circles = [replace(circle, kernel=circle.kernel[group : group + 1]) for group in doubtful.tolist()]
         bounds = zip(circles, upper[doubtful].tolist(), strict=True)
-        uppers = torch.tensor([modes_upper(one, search.level, bound) for one, bound in bounds], dtype=upper.dtype)
+        most = [count for count in MODES if size > LARGEST or count < size / 2]
+        uppers = torch.tensor([modes_upper(one, search.level, bound, most) for one, bound in bounds], dtype=upper.dtype)
         limit = f"{MODES[-1]} modes of the circle, which are too few, and {limit}"
         found = proof(uppers, "modes of the circle", limit)
     return found if search.closed(found.upper) or size > LARGEST else by_matrix()

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -91,9 +91,9 @@ def circle_of(layer: Layer) -> Circle:
     >>> torch.linalg.matrix_norm(symbol(one, frequencies), ord=2).max() * one.scale  # the norm itself is 1.802
     tensor(1.9499, dtype=torch.float64)
     """
-    shape = layer.geometry
+    layer, shape = with_read_taps(layer), layer.geometry
     scale = power_of_two(layer.weight)
-    kernel = _read_taps(layer, as_matrix(layer.weight, layer.plan).double() / scale)
+    kernel = as_matrix(layer.weight, layer.plan).double() / scale
     inputs, outputs = (shape.out_shape, shape.in_shape) if layer.transposed else (shape.in_shape, shape.out_shape)
     arcs = []
     for axis, (n, m) in enumerate(zip(inputs, outputs, strict=True)):
@@ -113,13 +113,20 @@ def circle_of(layer: Layer) -> Circle:
     return Circle(kernel, tuple(arcs), scale)
 
 
-def _read_taps(layer: Layer, kernel: Tensor) -> Tensor:
-    """The kernel with zeros for the taps that see nothing but padding."""
+def with_read_taps(layer: Layer) -> Layer:
+    """The layer with zeros for the taps that see nothing but padding, beside which all others could be negligible.
+
+    >>> from convnorm.layers import as_layer
+    >>> with_read_taps(as_layer(torch.tensor([[[1e300, 1.0, 2.0]]]), [1], padding=1)).weight
+    tensor([[[0., 1., 0.]]])
+    """
+    weight = layer.weight
     for axis in range(len(layer.in_shape) if layer.padding_mode == "zeros" else 0):
-        entries = torch.tensor(layer.geometry.entries(axis), device=kernel.device)
-        if not entries.all():
-            kernel = kernel * (entries > 0).view(-1, *[1] * (len(layer.in_shape) - 1 - axis))
-    return kernel
+        read = [entries > 0 for entries in layer.geometry.entries(axis)]
+        if not all(read):
+            unread = ~torch.tensor(read, device=weight.device)
+            weight = weight.masked_fill(unread.view(-1, *[1] * (len(layer.in_shape) - 1 - axis)), 0)
+    return layer if weight is layer.weight else replace(layer, weight=weight)
 
 
 def power_of_two(weight: Tensor) -> float:

@@ -18,7 +18,7 @@ from ..layers import Layer
 from ..norms import scaled
 from ..winners import as_matrix
 from .admit import admitted
-from .circle import circle_of, symbol
+from .circle import circle_of, symbol, with_read_taps
 from .definite import is_below, largest_eigenvalue, unit_roundoff
 
 LARGEST = 8192  # rows or columns, the fewer of them, of a matrix that is decomposed
@@ -58,7 +58,9 @@ def explicit_uppers(layer: Layer, level: float) -> Tensor:
 
 def gram_error(layer: Layer) -> float:
     """By how much ``gram_matrices`` are off, in the spectral norm: so many roundings of |M|^T |M|."""
-    products = math.prod(layer.weight.shape[2:]) ** 2 * max(layer.weight.shape[:2])
+    reads = tap_reads(layer)
+    most = np.bincount(reads[reads >= 0]).max(initial=reads.shape[1])  # times that an input is read
+    products = most * reads.shape[1] * max(layer.weight.shape[:2])
     l1, linf = torch.ops.convnorm.norms(layer.weight.detach().abs(), *layer.sizes, **layer.options)
     return (products + 8) * unit_roundoff(torch.float64) * 1.01 * float(l1) * float(linf)
 
@@ -137,7 +139,7 @@ def singular_values(
     tensor([1.8019, 1.8019, 1.2470, 1.2470, 0.4450, 0.4450], dtype=torch.float64)
     """
     one = admitted(layer, in_shape, options)
-    one = one if scale is None else admitted(scaled(one, scale), (), {})
+    one = with_read_taps(one if scale is None else admitted(scaled(one, scale), (), {}))
     circle = circle_of(one)
     if circle.whole:
         points = [torch.arange(n, dtype=torch.float64) * (2 * math.pi / n) for n in circle.points]

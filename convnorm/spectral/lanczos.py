@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..geometry import GeometryError
 from ..layers import Layer
-from .admit import admitted, at_least_one
+from .admit import admitted, admitted_start, at_least_one
+from .circle import with_read_taps
 from .krylov import Lanczos, in_precision
 from .rayleigh import Singular, rayleigh
 
@@ -46,10 +46,8 @@ def lanczos(
     True
     """
     at_least_one(steps=steps)
-    one = admitted(layer, in_shape, options)
-    if start is not None and start.shape != (1, one.in_channels, *one.in_shape):
-        wanted = [1, one.in_channels, *one.in_shape]
-        raise GeometryError(f"convnorm: start of shape {list(start.shape)} must have the shape {wanted}")
+    one = with_read_taps(admitted(layer, in_shape, options))
+    start = admitted_start(start, one)
     precision = torch.float64 if rtol < 1e-5 else torch.float32
     return rayleigh(one, search(in_precision(one, precision), rtol, steps, start).right())
 

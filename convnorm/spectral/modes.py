@@ -33,13 +33,12 @@ CHUNK = 1 << 26  # bytes of symbols at a time
 BISECTIONS = 5
 
 
-def modes_upper(circle: Circle, level: float, bound: float) -> float:
-    """A bound for the norm of a layer of one group: ``level`` where that can be proved, else as near to it as can be.
-
-    ``bound`` is certain already.
+def modes_upper(circle: Circle, level: float, bound: float, counts: Sequence[int] = MODES) -> float:
+    """A bound for the norm of a layer of one group: ``level`` where that can be proved by so many modes, tried one
+    after another, else as near to it as can be. ``bound`` is certain already.
     """
-    found = largest_modes(circle, MODES[-1])
-    for most in MODES:
+    found = largest_modes(circle, counts[-1])
+    for most in counts:
         modes = found.first(most)
         weighted = modes.cut_and_weighted(circle.arcs)
         if modes.rest < level and bool(is_below(weighted, level - modes.rest)):

@@ -39,6 +39,11 @@ class GramSymbol:
         self._taps = kernel.shape[3:]
         self.groups, self.size = self._kernel.shape[0], self._kernel.shape[2]
         lags = list(product(*(range(1 - taps, taps) for taps in self._taps)))
+        sizes = torch.linalg.matrix_norm(kernel.reshape(*kernel.shape[:3], -1).movedim(-1, 1))
+        self._absolute = float(sizes.sum(1).max()) ** 2  # at least the sum of |K[a]|^T |K[b]|, in the spectral norm
+        self._turn = (
+            2 * math.pi * sum(arc.spacing * (taps - 1) for arc, taps in zip(circle.arcs, self._taps, strict=True))
+        )
         half = [self._coefficient(lag) for lag in lags[len(lags) // 2 :]]
         other_half = [coefficient.mT for coefficient in reversed(half[1:])]  # C[-t] = C[t]^T
         self._coefficients = torch.stack(other_half + half, 1)
@@ -50,24 +55,27 @@ class GramSymbol:
         return one.mT @ other
 
     def rounding(self, dtype: torch.dtype) -> float:
-        """By how much a matrix computed in this precision may be off, in the spectral norm."""
+        """By how much a matrix rounded to this precision may be off, in the spectral norm."""
         sizes = float(torch.linalg.matrix_norm(self._coefficients).sum(1).max())
-        products = self._kernel.shape[1] * math.prod(self._taps)
-        exact = math.sqrt(self.size) * (products + 8) * unit_roundoff(torch.float64)
-        return sizes * ((self._coefficients.shape[1] + 8) * unit_roundoff(dtype) + exact)
+        terms = self._kernel.shape[1] * math.prod(self._taps) + self._coefficients.shape[1]
+        exact = (terms + 4 * self._turn + 8) * unit_roundoff(torch.float64)  # angles are rounded as well
+        return 2 * sizes * unit_roundoff(dtype) + self._absolute * exact
 
     def at(self, phases: Tensor, dtype: torch.dtype = torch.complex128) -> Iterator[tuple[slice, Tensor]]:
-        """Chunk by chunk of phases[F, axes], ``G[groups, chunk, n, n]``."""
-        coefficients = self._coefficients.to(dtype.to_real()).flatten(2)
+        """Chunk by chunk of phases[F, axes], ``G[groups, chunk, n, n]``, rounded to ``dtype``.
+
+        Summed in float64: what float32 means in a product of matrices is for its user to set (TF32, bfloat16).
+        """
+        coefficients = self._coefficients.flatten(2)
         lags = [torch.arange(1 - taps, taps) for taps in self._taps]
         wave = waves(phases.to(coefficients.device), lags).reshape(len(phases), -1)
-        real, imaginary = wave.real.to(coefficients), wave.imag.to(coefficients)
         step = max(1, CHUNK // (self.groups * self.size**2 * dtype.itemsize))
         for first in range(0, len(phases), step):
             part = slice(first, first + step)
-            gram = real[part] @ coefficients
-            if imaginary[part].any():
-                gram = torch.complex(gram, imaginary[part] @ coefficients)
+            real, imaginary = wave.real[part], wave.imag[part]
+            gram = (real @ coefficients).to(dtype.to_real())
+            if imaginary.any():
+                gram = torch.complex(gram, (imaginary @ coefficients).to(dtype.to_real()))
             yield part, gram.unflatten(-1, (self.size, self.size))
 
 

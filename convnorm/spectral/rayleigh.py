@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..layers import Layer
 from ..norms import Norms
-from .circle import power_of_two
+from .circle import power_of_two, with_read_taps
 from .definite import unit_roundoff
 from .outward import LEAST
 
@@ -32,6 +32,7 @@ class Singular:
 
 def rayleigh(layer: Layer, x: Tensor) -> Singular:
     """What ``x[1, channels, *in_shape]`` shows of the layer's singular values."""
+    layer = with_read_taps(layer)
     exact, right = without_scale(layer), unit(x)
     y = exact(right)
     with torch.no_grad():
@@ -43,6 +44,7 @@ def rayleigh(layer: Layer, x: Tensor) -> Singular:
 
 def attained(layer: Layer, right: Tensor) -> Tensor:
     """|layer(right)| for a unit vector, rounded down. Differentiable in the layer's weight."""
+    layer = with_read_taps(layer)
     exact = without_scale(layer)
     return _length(exact, exact(right), power_of_two(layer.weight))
 
@@ -66,8 +68,11 @@ def without_scale(layer: Layer) -> Layer:
 
 
 def rounding_error(layer: Layer) -> Tensor:
-    """Of ``|layer(x)|`` for unit ``x``: each output is a sum of so many products, and |M| has at most ``l2_bound``."""
+    """Of ``|layer(x)|`` for unit ``x``: each output is a sum of so many products, |M| has at most ``l2_bound``, and
+    the lengths of input and output are sums themselves.
+    """
     terms = layer.weight.numel() // layer.out_channels
+    inputs = layer.in_channels * math.prod(layer.in_shape)
     outputs = layer.out_channels * math.prod(layer.geometry.out_shape)
     magnitude = replace(layer, weight=layer.weight.detach().abs())  # where merged taps cancel, their rounding does not
-    return (16 * terms + outputs) * unit_roundoff(torch.float64) * Norms(magnitude).l2_bound
+    return (16 * terms + inputs + outputs) * unit_roundoff(torch.float64) * Norms(magnitude).l2_bound
