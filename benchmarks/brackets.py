@@ -124,8 +124,8 @@ def summary(rows: Sequence[Row]) -> str:
 LEGEND = f"""\
 Layers as they are initialised (`torch.manual_seed(0)`), one thread. `lower`, `upper` and the first time:
 `convnorm.l2(layer)`, which is deterministic, to {WIDE:g}. Then `convnorm.l2(layer, rtol={NARROW:g},
-failure={FAILURE:g})`, begun where the first one ended: by the same proofs where they reach that far, else by Lanczos from
-random starts. `OPEN`: wider than asked for."""
+failure={FAILURE:g})`, begun where the first one ended: by the same proofs where they reach that far, else by Lanczos
+from random starts. `OPEN`: wider than asked for."""
 
 if __name__ == "__main__":
     main(sys.argv[1:])

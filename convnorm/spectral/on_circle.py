@@ -41,9 +41,8 @@ class GramSymbol:
         lags = list(product(*(range(1 - taps, taps) for taps in self._taps)))
         sizes = torch.linalg.matrix_norm(kernel.reshape(*kernel.shape[:3], -1).movedim(-1, 1))
         self._absolute = float(sizes.sum(1).max()) ** 2  # at least the sum of |K[a]|^T |K[b]|, in the spectral norm
-        self._turn = (
-            2 * math.pi * sum(arc.spacing * (taps - 1) for arc, taps in zip(circle.arcs, self._taps, strict=True))
-        )
+        spans = [arc.spacing * (taps - 1) for arc, taps in zip(circle.arcs, self._taps, strict=True)]
+        self._angle = 2 * math.pi * sum(spans)  # at least that of any wave at any lag
         half = [self._coefficient(lag) for lag in lags[len(lags) // 2 :]]
         other_half = [coefficient.mT for coefficient in reversed(half[1:])]  # C[-t] = C[t]^T
         self._coefficients = torch.stack(other_half + half, 1)
@@ -58,7 +57,7 @@ class GramSymbol:
         """By how much a matrix rounded to this precision may be off, in the spectral norm."""
         sizes = float(torch.linalg.matrix_norm(self._coefficients).sum(1).max())
         terms = self._kernel.shape[1] * math.prod(self._taps) + self._coefficients.shape[1]
-        exact = (terms + 4 * self._turn + 8) * unit_roundoff(torch.float64)  # angles are rounded as well
+        exact = (terms + 4 * self._angle + 8) * unit_roundoff(torch.float64)  # angles are rounded as well
         return 2 * sizes * unit_roundoff(dtype) + self._absolute * exact
 
     def at(self, phases: Tensor, dtype: torch.dtype = torch.complex128) -> Iterator[tuple[slice, Tensor]]:
