@@ -56,7 +56,6 @@ def clip_singular_values(
     any layer.
 
     >>> from convnorm.layers import as_layer
-    >>> from convnorm.layers import as_layer
     >>> conv = nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")
     >>> kernel = clip_singular_values(conv, [8, 8], bound=0.25)
     >>> kernel.shape
