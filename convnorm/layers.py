@@ -118,8 +118,8 @@ class Layer:
         if self.padding_mode == "zeros":
             inside = zip(shape.padding, self.in_shape, strict=True)
             return padded[(..., *(slice(before, before + n) for (before, _), n in inside))]
-        x = y.new_zeros(len(y), self.in_channels, *self.in_shape, requires_grad=True)
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
+            x = y.new_zeros(len(y), self.in_channels, *self.in_shape, requires_grad=True)
             (x,) = torch.autograd.grad(self._pad(x), x, padded)
         return x
 

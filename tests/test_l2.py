@@ -5,6 +5,7 @@ The truth is the largest singular value of the explicit matrix, in float64.
 
 import math
 from dataclasses import replace
+from fractions import Fraction
 
 import cases
 import numpy as np
@@ -16,14 +17,15 @@ from torch import nn
 
 import convnorm
 from convnorm.layers import as_layer
-from convnorm.spectral import bracket, lanczos, singular_values
+from convnorm.spectral import bracket, circle_norm, frobenius, lanczos, power_iteration, rescale, singular_values
 from convnorm.spectral.circle import circle_of, half_grid, symbol
 from convnorm.spectral.definite import is_below, largest_eigenvalue
-from convnorm.spectral.explicit import explicit_matrix, gram_matrices, groups_of
+from convnorm.spectral.explicit import explicit_matrix, explicit_uppers, gram_error, gram_matrices, groups_of
 from convnorm.spectral.krylov import Lanczos, in_precision
 from convnorm.spectral.lanczos import search
 from convnorm.spectral.modes import largest_modes
-from convnorm.spectral.on_circle import circle_upper, coarse_phases
+from convnorm.spectral.on_circle import GramSymbol, circle_phases, circle_upper, coarse_phases
+from convnorm.spectral.rayleigh import rayleigh, rounding_error
 
 ROUNDING = 1e-13  # of the truth itself
 
@@ -268,6 +270,15 @@ def test_the_gradient_is_that_of_the_norm(name):
     torch.testing.assert_close(weight.grad, again.grad, rtol=1e-2, atol=1e-3)
 
 
+def test_searches_on_smaller_inputs_are_layers_too():
+    """Half of these inputs would leave a transposed layer without an output."""
+    weight = torch.randn(2, 3, 1, generator=torch.Generator().manual_seed(0))
+    found = convnorm.l2(weight, [60], padding=15, transposed=True)
+    truth = torch.linalg.matrix_norm(weight[..., 0].double(), ord=2).item()
+    assert found.lower <= truth * (1 + ROUNDING)
+    assert found.upper >= truth * (1 - ROUNDING)
+
+
 def test_a_zero_layer_has_norm_zero():
     weight = torch.zeros(3, 2, 3, requires_grad=True)
     found = convnorm.l2(weight, [5], padding=1)
@@ -312,6 +323,246 @@ def test_whole_circles_need_no_matrix():
     torch.testing.assert_close(values.square().sum(), conv.weight.square().sum() * 64 * 64)
 
 
+class Blind(bracket.Search):
+    """A search that finds but a part of the norm, so that proofs must refuse what it asks for."""
+
+    sight = 1.0
+
+    @property
+    def level(self):
+        return self.sight * super().level
+
+    def closed(self, upper):
+        return super().closed(upper / self.sight)
+
+
+@pytest.mark.parametrize("largest", [0, bracket.LARGEST])
+def test_proofs_do_not_rest_on_the_search(request, seed, largest, monkeypatch):
+    monkeypatch.setattr(bracket, "LARGEST", largest)
+    monkeypatch.setattr(bracket, "MODES", (4, 16, 64))  # fewer than most layers have
+    monkeypatch.setattr(bracket, "Search", Blind)
+    certificates = set()
+    for number in count(request, 400):
+        case, weight, truth, unit = layer_and_norm(seed, number)
+        Blind.sight = (0.3, 0.8, 0.95, 0.999, 1 - 1e-6)[number % 5]
+        found = convnorm.l2(weight, case.in_shape, **options(case))
+        assert_brackets(found, truth, unit, replay(seed, number, case))
+        certificates.add(found.certificate)
+    assert certificates >= {"circle", "explicit matrix" if largest else "modes of the circle"}
+
+
+@pytest.mark.parametrize("mode", cases.MODES)
+def test_every_circle_bounds_its_layer(seed, mode):
+    rng = np.random.default_rng((seed, cases.MODES.index(mode)))
+    for _ in range(150):
+        case = cases.random_case(rng, merging=mode != "zeros")
+        weight = torch.from_numpy(rng.standard_normal(case.weight_shape))
+        circle = circle_of(as_layer(weight, case.in_shape, **options(case)))
+        values = torch.linalg.svdvals(symbol(circle, half_grid(circle.points)))
+        truth = true_norm(weight, case)
+        assert truth * (1 - ROUNDING) <= circle.factor * circle.scale * values.max().item(), case
+
+
+@pytest.mark.parametrize("real", [2, 6, 20, 10**6])
+@pytest.mark.parametrize("small", [1.0, 1e-3])
+def test_the_rest_holds_whatever_modes_leave_out(real, small):
+    """``small`` channels make modes that stay in the rest by themselves."""
+    weight = torch.randn(3, 3, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weight[1:] *= small
+    circle = circle_of(as_layer(weight, [5, 6], padding=1))
+    every = torch.linalg.svdvals(symbol(circle, half_grid(circle.points))).flatten().sort(descending=True).values
+    found = largest_modes(circle, real)
+    for modes in (found, found.first(max(2, len(found.values)))):
+        left_out = every[len(modes.values) :]
+        torch.testing.assert_close(modes.values, every[: len(modes.values)])
+        assert modes.rest >= (left_out.max() if len(left_out) else 0) + 1e-13 * every[0]
+
+
+def test_modes_close_brackets_that_circles_leave_open(monkeypatch):
+    monkeypatch.setattr(bracket, "LARGEST", 0)
+    weight = torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    found = convnorm.l2(weight, [12, 12], padding=1, rtol=1e-3)
+    assert (found.certificate, found.stopped) == ("modes of the circle", "")
+
+
+def test_modes_are_for_zero_padding_only(monkeypatch):
+    monkeypatch.setattr(bracket, "LARGEST", 0)
+    weight = torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    found = convnorm.l2(weight, [8, 8], padding=1, padding_mode="reflect", rtol=1e-3)
+    assert found.certificate == "circle"
+    assert "padding_mode 'reflect'" in found.stopped
+
+
+def test_orthonormal_polynomials_are_those_of_the_process():
+    """q_j = p_j(A) q_0, entry by entry where A is diagonal."""
+    entries = torch.linspace(0.3, 1.0, 40, dtype=torch.float64)
+    process = Lanczos(as_layer(torch.diag(entries)), generator=torch.Generator().manual_seed(0))
+    for _ in range(8):
+        process.extend()
+    vectors = torch.cat([process._basis[: process.steps], process._next[None]])
+    for i in (0, 7, 39):
+        expected = (vectors[:, i] / vectors[0, i]).square().sum().item()
+        assert math.isclose(process._christoffel(entries[i].item() ** 2), expected, rel_tol=1e-9)
+
+
+def test_a_probable_bound_is_the_largest_of_its_starts(monkeypatch):
+    """It fails only if all of them do."""
+    asked, answers = [], iter([1.0, 100.0] * 1000)
+    monkeypatch.setattr(Lanczos, "upper", lambda self, failure: asked.append(failure) or next(answers))
+    layer = as_layer(torch.randn(5, 4, generator=torch.Generator().manual_seed(0)))
+    proof = bracket.prove_probably(bracket.Search(layer, 1e-3, None), 1e-6)
+    assert proof.upper >= 10
+    assert math.isclose(asked[0] ** bracket.STARTS, 1e-6)
+
+
+def test_a_probability_too_small_leaves_the_proof(monkeypatch):
+    monkeypatch.setattr(bracket, "LARGEST", 0)
+    weight = torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    found = convnorm.l2(weight, [5, 5], padding=1, padding_mode="reflect", failure=1e-300)
+    assert found.certificate == "circle"
+    assert math.isfinite(found.upper)
+
+
+# Rounding: bounds against norms that are known exactly.
+
+
+def test_rows_are_bounded_to_the_last_bit():
+    rng = np.random.default_rng(0)
+    for size in range(1, 40):
+        row = rng.standard_normal((1, size)) * 10.0 ** rng.integers(-2, 3)
+        square = sum(Fraction(float(entry)) ** 2 for entry in row[0])
+        for weight in (torch.from_numpy(row), torch.from_numpy(row.T)):
+            found = convnorm.l2(weight)
+            assert Fraction(found.lower.item()) ** 2 <= square <= Fraction(found.upper.item()) ** 2
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7])
+def test_the_smallest_numbers_are_bounded(size):
+    found = convnorm.l2(torch.full((1, size), 5e-324, dtype=torch.float64))
+    lower, upper = (round(bound.item() / 5e-324) for bound in (found.lower, found.upper))
+    assert lower**2 <= size <= upper**2
+
+
+@pytest.mark.parametrize("padding", [500, 5000])
+@pytest.mark.parametrize("entry", [0.1, 0.7, 0.37])
+def test_inputs_that_are_read_many_times_are_summed_upward(padding, entry):
+    entry, reads = Fraction(entry), 2 * padding + 1
+    one = torch.full((1, 1, 1), float(entry), dtype=torch.float64)
+    turned = torch.tensor([[[1.0], [1.0]], [[1.0], [-1.0]]], dtype=torch.float64) * float(entry)
+    for weight, square in ((one, entry**2 * reads), (turned, 2 * entry**2 * reads)):
+        found = convnorm.l2(weight, [1], padding=padding, padding_mode="replicate", rtol=1e-9)
+        assert Fraction(found.lower.item()) ** 2 <= square <= Fraction(found.upper.item()) ** 2, found
+
+
+def test_matrices_of_inputs_read_many_times_are_rounded_upward():
+    entry, padding = 0.7, 5000
+    weight = torch.tensor([[[1.0], [1.0]], [[1.0], [-1.0]]], dtype=torch.float64) * entry
+    layer = as_layer(weight, [1], padding=padding, padding_mode="replicate")
+    square = 2 * Fraction(entry) ** 2 * (2 * padding + 1)
+    assert 0 < abs(Fraction(gram_matrices(layer)[0, 0, 0].item()) - square) <= gram_error(layer)
+    assert Fraction(explicit_uppers(layer, 0.0).item()) ** 2 >= square
+
+
+def test_angles_of_far_taps_are_rounded_upward():
+    """The circle is the layer itself, and its norm the largest of 1009 sums, here of exact angles."""
+    rng = np.random.default_rng(0)
+    n, spacing = 1009, 55
+    turns = (np.arange(n)[:, None] * np.arange(9) * spacing % n).astype(np.longdouble) / n
+    angles = turns * 8 * np.arctan(np.longdouble(1))
+    for _ in range(20):
+        weight = rng.standard_normal(9)
+        sums = np.hypot(np.cos(angles) @ weight.astype(np.longdouble), np.sin(angles) @ weight.astype(np.longdouble))
+        layer = as_layer(
+            torch.from_numpy(weight)[None, None], [n], padding=220, dilation=spacing, padding_mode="circular"
+        )
+        circle = circle_of(layer)
+        assert circle.whole
+        upper = circle_upper(circle, level=0.0, rtol=1e-9).item()
+        assert sums.max() <= upper * circle.scale <= sums.max() * (1 + 1e-10)
+
+
+def test_autocast_leaves_brackets_alone():
+    weight = torch.randn(6, 5, 3, 3, generator=torch.Generator().manual_seed(0))
+    truth = true_norm(weight, cases.Case(weight.shape, (1,), (1,), (8, 8)))
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            found = convnorm.l2(weight, [8, 8], padding=1)
+        assert found.lower <= truth <= found.upper
+        assert not found.stopped
+
+
+def test_lengths_of_long_inputs_are_rounded_downward():
+    """An input of equal entries: the sum of its squares is off by ever the same way."""
+    n, taps = 1_000_000, 250  # an orthogonal projection, so that every input of equal entries attains the norm
+    layer = as_layer(torch.ones(1, 1, taps, dtype=torch.float64), [n], stride=taps)
+    for entry in (0.1, 0.3, 0.37, 0.7, 1 / 3):
+        value = rayleigh(layer, torch.full((1, 1, n), entry, dtype=torch.float64)).value
+        assert Fraction(value.item()) ** 2 <= taps
+
+
+def test_merged_taps_that_cancel_still_round():
+    layer = as_layer(torch.tensor([[[1.0, -1.0]]]), [1], padding=1, padding_mode="replicate")
+    assert rounding_error(layer) > 1e-16
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_proofs_of_definiteness_keep_their_distance(dtype):
+    gram = torch.zeros(100, 100, dtype=dtype)
+    gram[0, 0] = 1
+    eps = torch.finfo(dtype).eps
+    assert not is_below(gram, 1 + 1000 * eps)  # within what a factorisation of this size may be wrong by
+    assert is_below(gram, 1 + 20000 * eps)
+    assert not is_below(gram, 1.05, error=0.1)
+    assert largest_eigenvalue(gram, error=0.1) >= 1.1
+
+
+def test_symbols_are_summed_in_float64():
+    """What a product of float32 matrices means, is for the user of PyTorch to set."""
+    weight = torch.randn(6, 5, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    circle = circle_of(as_layer(weight, [7, 7], padding=1))
+    gram, phases = GramSymbol(circle), circle_phases(circle)
+    exact, rounded = (
+        torch.cat([part for _, part in gram.at(phases, of)], 1) for of in (torch.complex128, torch.complex64)
+    )
+    assert torch.equal(rounded, exact.to(torch.complex64))
+    off = torch.linalg.matrix_norm(rounded - exact, ord=2).max()
+    assert 0 < off <= gram.rounding(torch.complex64)
+    symbols = symbol(circle, half_grid(circle.points))
+    torch.testing.assert_close(exact, symbols.mH @ symbols)
+
+
+@pytest.mark.parametrize("huge", [10.0, 1e100, 1e200, 1e300])
+def test_weights_that_see_only_padding_hide_no_others(huge):
+    weight = torch.randn(4, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    truth = torch.linalg.matrix_norm(weight[..., 1], ord=2).item()
+    weight[..., 0] = weight[..., 2] = huge
+    found = convnorm.l2(weight.requires_grad_(), [1], padding=1)
+    assert truth * (1 - 1e-2) <= found.lower <= truth * (1 + ROUNDING)
+    assert truth * (1 - ROUNDING) <= found.upper <= truth * (1 + 1e-2)
+    found.lower.backward()
+    assert (weight.grad[..., 1] != 0).all()
+    assert (weight.grad[..., ::2] == 0).all()
+    weight = weight.detach()
+    assert math.isclose(singular_values(weight, [1], padding=1)[0], truth, rel_tol=1e-12)
+    assert frobenius(weight, [1], padding=1) >= truth
+    assert lanczos(weight, [1], padding=1).value >= truth * (1 - 1e-2)
+    assert power_iteration(weight, [1], padding=1).value >= truth * (1 - 1e-1)
+    assert truth <= circle_norm(weight, [1], padding=1) <= 10 * truth
+    upper, _ = rescale._upper(as_layer(weight, [1], padding=1), 0.0, None, rtol=1e-2, search=1e-3)
+    assert truth * (1 - ROUNDING) <= upper <= truth * (1 + 2e-2)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "reversed", "sliced"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_weights_of_any_layout_have_gradients(layout, transposed):
+    rng = np.random.default_rng(0)
+    plain = torch.from_numpy(rng.standard_normal((4, 3, 3, 3)))
+    weight = cases.lay_out(plain, layout).requires_grad_()
+    found = convnorm.l2(weight, [5, 5], padding=1, stride=2, transposed=transposed)
+    found.lower.backward()
+    torch.testing.assert_close((weight.detach() * weight.grad).sum(), found.lower.detach())  # of degree 1
+
+
 BAD = {
     "rtol": (lambda: convnorm.l2(torch.ones(2, 2), rtol=0), "rtol 0 must be at least"),
     "nan rtol": (lambda: convnorm.l2(torch.ones(2, 2), rtol=math.nan), "rtol nan must be"),
@@ -322,6 +573,9 @@ BAD = {
     "small input": (lambda: convnorm.l2(torch.ones(2, 2, 3), [2]), "smaller than the kernel"),
     "steps": (lambda: lanczos(torch.ones(2, 2), steps=0), "steps 0 must be at least 1"),
     "start": (lambda: lanczos(torch.ones(2, 2), start=torch.ones(1, 3)), r"start of shape \[1, 3\] must have"),
+    "start of l2": (lambda: convnorm.l2(torch.ones(2, 2), start=torch.ones(2, 2)), r"start of shape \[2, 2\] must"),
+    "zero start": (lambda: lanczos(torch.ones(2, 2), start=torch.zeros(1, 2)), "start holds NaN or inf, or nothing"),
+    "nan start": (lambda: convnorm.l2(torch.ones(2, 2), start=torch.full((1, 2), math.nan)), "start holds NaN or inf"),
     "spectrum": (lambda: singular_values(torch.ones(9, 9, 3, 3), [99, 99]), "too large to decompose"),
     "layer": (lambda: convnorm.l2(nn.ReLU()), "layer of type ReLU must be"),
 }  # fmt: skip
@@ -341,3 +595,13 @@ def test_small_inputs_save_most_steps_at_full_size():
     alone.run(1e-3, 300)
     assert begun.steps <= alone.steps / 2
     assert begun.ritz() >= alone.ritz() * (1 - 2e-3)
+
+
+@pytest.mark.parametrize("name", ["circular", "replicate", "reflect", "conv3d_circular"])
+def test_repeated_padding_works_in_inference_mode(name):
+    case = TABLE[name]
+    weight = torch.randn(case.weight_shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        inside = convnorm.l2(weight, case.in_shape, **options(case))
+    outside = convnorm.l2(weight, case.in_shape, **options(case))
+    assert (inside.lower, inside.upper) == (outside.lower, outside.upper)

@@ -65,7 +65,7 @@ def _halved(layer: Layer) -> Layer | None:
     """The layer on inputs half as large, where that leaves enough of them for its kernel."""
     shape = layer.geometry
     axes = zip(layer.in_shape, layer.weight.shape[2:], shape.dilation, shape.padding, strict=True)
-    least = [(n, max(SMALLEST, 2 * d * k, 2 * max(padding))) for n, k, d, padding in axes]
+    least = [(n, max(SMALLEST, 2 * d * k, 2 * max(padding) + 1)) for n, k, d, padding in axes]
     halves = tuple(-(-n // 2) if n >= 2 * enough else n for n, enough in least)
     return replace(layer, in_shape=halves) if halves != layer.in_shape else None
 

@@ -44,7 +44,6 @@ def rayleigh(layer: Layer, x: Tensor) -> Singular:
 
 def attained(layer: Layer, right: Tensor) -> Tensor:
     """|layer(right)| for a unit vector, rounded down. Differentiable in the layer's weight."""
-    layer = with_read_taps(layer)
     exact = without_scale(layer)
     return _length(exact, exact(right), power_of_two(layer.weight))
 

@@ -24,7 +24,7 @@ from ..ball import toward_zero
 from ..geometry import GeometryError
 from ..layers import Layer
 from .bounds import sqrt_l1_linf
-from .circle import circle_of, power_of_two
+from .circle import circle_of, power_of_two, with_read_taps
 from .clip import NEAR, nearest
 from .explicit import explicit_uppers, groups_of, matrix_sizes
 from .lanczos import lanczos
@@ -73,7 +73,7 @@ def prove(
 
 
 def _upper(layer: Layer, bound: float, start: Tensor | None, rtol: float, search: float) -> tuple[float, Tensor | None]:
-    layer = replace(layer, weight=layer.weight.detach())
+    layer = with_read_taps(replace(layer, weight=layer.weight.detach()))
     if (upper := product_upper(layer)) <= bound:
         return upper, start
     found = lanczos(layer, rtol=search, start=start)
