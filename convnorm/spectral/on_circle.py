@@ -21,10 +21,11 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from .circle import Circle, half_grid, waves
+from .circle import Circle, half_grid
 from .definite import factorisation_error, is_below, largest_eigenvalue, unit_roundoff
 
-CHUNK = 1 << 25  # bytes of Gram matrices at a time
+CHUNK = {"cpu": 1 << 23}  # bytes of Gram matrices at a time: what caches hold,
+CHUNK_ELSEWHERE = 1 << 28  # or what keeps a GPU busy
 
 
 class GramSymbol:
@@ -43,9 +44,8 @@ class GramSymbol:
         self._absolute = float(sizes.sum(1).max()) ** 2  # at least the sum of |K[a]|^T |K[b]|, in the spectral norm
         spans = [arc.spacing * (taps - 1) for arc, taps in zip(circle.arcs, self._taps, strict=True)]
         self._angle = 2 * math.pi * sum(spans)  # at least that of any wave at any lag
-        half = [self._coefficient(lag) for lag in lags[len(lags) // 2 :]]
-        other_half = [coefficient.mT for coefficient in reversed(half[1:])]  # C[-t] = C[t]^T
-        self._coefficients = torch.stack(other_half + half, 1)
+        self._lags = torch.tensor(lags[len(lags) // 2 :], dtype=torch.float64)
+        self._half = torch.stack([self._coefficient(lag) for lag in lags[len(lags) // 2 :]], 1)  # C[0] first
 
     def _coefficient(self, lag: Sequence[int]) -> Tensor:
         here = [slice(max(0, -t), taps - max(0, t)) for t, taps in zip(lag, self._taps, strict=True)]
@@ -55,26 +55,28 @@ class GramSymbol:
 
     def rounding(self, dtype: torch.dtype) -> float:
         """By how much a matrix rounded to this precision may be off, in the spectral norm."""
-        sizes = float(torch.linalg.matrix_norm(self._coefficients).sum(1).max())
-        terms = self._kernel.shape[1] * math.prod(self._taps) + self._coefficients.shape[1]
+        sizes = 2 * float(torch.linalg.matrix_norm(self._half).sum(1).max())
+        terms = self._kernel.shape[1] * math.prod(self._taps) + 2 * self._half.shape[1]
         exact = (terms + 4 * self._angle + 8) * unit_roundoff(torch.float64)  # angles are rounded as well
         return 2 * sizes * unit_roundoff(dtype) + self._absolute * exact
 
     def at(self, phases: Tensor, dtype: torch.dtype = torch.complex128) -> Iterator[tuple[slice, Tensor]]:
-        """Chunk by chunk of phases[F, axes], ``G[groups, chunk, n, n]``, rounded to ``dtype``.
+        """Chunk by chunk of phases[F, axes], ``G[groups, chunk, n, n]``, rounded to ``dtype``. As C[-t] = C[t]^T,
+
+            G = C[0] + sum over half of the lags t of  cos(f . t) (C[t] + C[t]^T) + i sin(f . t) (C[t] - C[t]^T)
 
         Summed in float64: what float32 means in a product of matrices is for its user to set (TF32, bfloat16).
         """
-        coefficients = self._coefficients.flatten(2)
-        lags = [torch.arange(1 - taps, taps) for taps in self._taps]
-        wave = waves(phases.to(coefficients.device), lags).reshape(len(phases), -1)
-        step = max(1, CHUNK // (self.groups * self.size**2 * dtype.itemsize))
+        even, odd = self._half + self._half.mT, self._half - self._half.mT
+        even[:, 0] /= 2
+        angles = (phases @ self._lags.T).to(even.device)
+        budget = CHUNK.get(even.device.type, CHUNK_ELSEWHERE)
+        step = max(1, budget // (self.groups * self.size**2 * dtype.itemsize))
         for first in range(0, len(phases), step):
             part = slice(first, first + step)
-            real, imaginary = wave.real[part], wave.imag[part]
-            gram = (real @ coefficients).to(dtype.to_real())
-            if imaginary.any():
-                gram = torch.complex(gram, (imaginary @ coefficients).to(dtype.to_real()))
+            gram = (angles[part].cos() @ even.flatten(2)).to(dtype.to_real())
+            if angles[part].any():
+                gram = torch.complex(gram, (angles[part].sin() @ odd.flatten(2)).to(dtype.to_real()))
             yield part, gram.unflatten(-1, (self.size, self.size))
 
 

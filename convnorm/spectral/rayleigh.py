@@ -31,13 +31,13 @@ class Singular:
 
 
 def rayleigh(layer: Layer, x: Tensor) -> Singular:
-    """What ``x[1, channels, *in_shape]`` shows of the layer's singular values."""
+    """What ``x[1, channels, *in_shape]`` shows of the singular values; the residual in the precision of ``x``."""
     layer = with_read_taps(layer)
     exact, right = without_scale(layer), unit(x)
     y = exact(right)
     with torch.no_grad():
         left, size = unit(y), torch.linalg.vector_norm(y)
-        off = exact.adjoint(left) - size * right
+        off = replace(exact, weight=exact.weight.to(x.dtype)).adjoint(left.to(x.dtype)) - size * right
         residual = torch.linalg.vector_norm(off) / size.where(size > 0, 1)
     return Singular(_length(exact, y, power_of_two(layer.weight)), residual, left, right)
 
