@@ -21,7 +21,8 @@ from .circle import with_read_taps
 from .krylov import Lanczos, in_precision
 from .rayleigh import Singular, rayleigh
 
-SMALLEST = 16  # inputs of an axis that is not halved any more: on fewer, other waves may win
+SMALLEST = 16  # inputs that an axis is left with, and so many times its kernel: on fewer, other waves may win
+SPANS = 5
 WAVES = 3  # the largest few, since their order may change with the size
 FADING = 0.7
 NOISE = 0.1  # keeps the start from being blind to any other
@@ -65,7 +66,7 @@ def _halved(layer: Layer) -> Layer | None:
     """The layer on inputs half as large, where that leaves enough of them for its kernel."""
     shape = layer.geometry
     axes = zip(layer.in_shape, layer.weight.shape[2:], shape.dilation, shape.padding, strict=True)
-    least = [(n, max(SMALLEST, 2 * d * k, 2 * max(padding) + 1)) for n, k, d, padding in axes]
+    least = [(n, max(SMALLEST, SPANS * (d * (k - 1) + 1), 2 * max(padding) + 1)) for n, k, d, padding in axes]
     halves = tuple(-(-n // 2) if n >= 2 * enough else n for n, enough in least)
     return replace(layer, in_shape=halves) if halves != layer.in_shape else None
 
