@@ -158,7 +158,8 @@ def machine() -> str:
     """What serves the benchmarks that run on the best that there is."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{cpu_model()}, {torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    return f"{cpu_model()}, {count} thread{'s' if count > 1 else ''}"
 
 
 def cpu_model() -> str:
