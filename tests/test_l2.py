@@ -16,6 +16,7 @@ from cases import TABLE, replay
 from torch import nn
 
 import convnorm
+from convnorm import spectral
 from convnorm.layers import as_layer
 from convnorm.spectral import bracket, circle_norm, frobenius, lanczos, power_iteration, rescale, singular_values
 from convnorm.spectral.circle import circle_of, half_grid, symbol
@@ -605,3 +606,29 @@ def test_repeated_padding_works_in_inference_mode(name):
         inside = convnorm.l2(weight, case.in_shape, **options(case))
     outside = convnorm.l2(weight, case.in_shape, **options(case))
     assert (inside.lower, inside.upper) == (outside.lower, outside.upper)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", TABLE)
+def test_every_method_runs_where_the_weight_is(name, device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    case = TABLE[name]
+    weight = torch.randn(case.weight_shape, generator=torch.Generator().manual_seed(2)).to(device)
+    truth, how = true_norm(weight, case), options(case)
+    for found in (
+        convnorm.l2(weight, case.in_shape, **how),
+        convnorm.l2(weight, case.in_shape, rtol=1e-4, failure=1e-12, **how),
+    ):
+        assert found.lower.device == found.upper.device == found.right.device == weight.device
+        assert_brackets(found, truth, 1, name)
+    for below in (lanczos, spectral.power_iteration):
+        assert below(weight, case.in_shape, **how).value.item() <= truth * (1 + ROUNDING)
+    bounds = ("circle_norm", "gram_iteration", "four_reshapings", "frobenius", "sqrt_l1_linf")
+    for above in (getattr(spectral, bound)(weight, case.in_shape, **how) for bound in bounds):
+        assert above.device == weight.device
+        assert above.item() >= truth * (1 - ROUNDING)
+    torch.testing.assert_close(singular_values(weight, case.in_shape, **how)[0].item(), truth)
+    within = convnorm.project(weight, case.in_shape, ord=2, bound=truth / 2, **how)
+    assert within.device == weight.device
+    assert true_norm(within, case) <= truth / 2 * (1 + ROUNDING)

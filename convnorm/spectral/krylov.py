@@ -74,7 +74,7 @@ class Lanczos:
         """Whether the space holds all that can be reached from its start, or as much as fits into memory."""
         reached = bool(self._beside) and self._beside[-1] <= self._least * max(self._diagonal)
         full = (self.steps + 1) * self.size * self._basis.element_size() > MEMORY
-        return reached or full or self.steps >= self.size
+        return reached or (full and self.steps > 0) or self.steps >= self.size
 
     def run(self, rtol: float, steps: int) -> None:
         """Until the largest singular value is found to about ``rtol``, or that many steps are done."""
@@ -102,7 +102,7 @@ class Lanczos:
 
     def _kept(self, vector: Tensor) -> Tensor:
         if self.steps == len(self._basis):
-            grown = vector.new_empty(max(8, 2 * self.steps), self.size)
+            grown = vector.new_empty(max(1, 2 * self.steps), self.size)
             grown[: self.steps] = self._basis
             self._basis = grown
         self._basis[self.steps] = vector
