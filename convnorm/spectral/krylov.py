@@ -93,10 +93,11 @@ class Lanczos:
         """One step: the layer and its adjoint, once each."""
         basis = self._kept(self._next)
         image = self._there(self._next.view(self._shape).movedim(-1, 1))
-        rest = self._back(image).movedim(1, -1).flatten()
-        for _ in range(2):  # twice is enough
-            rest = rest - basis.T @ (basis @ rest)
         self._diagonal.append(torch.linalg.vector_norm(image, dtype=torch.float64).item() ** 2)
+        rest = self._back(image).movedim(1, -1).flatten().sub(self._next, alpha=self._diagonal[-1])
+        if self._beside:
+            rest.sub_(basis[-2], alpha=self._beside[-1])
+        rest -= basis.T @ (basis @ rest)  # of which little is left: once is enough
         self._beside.append(torch.linalg.vector_norm(rest, dtype=torch.float64).item())
         self._next = rest / max(self._beside[-1], torch.finfo(rest.dtype).tiny)
 
