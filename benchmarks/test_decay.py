@@ -20,7 +20,7 @@ from torch import nn
 
 import convnorm
 from convnorm.backends import BACKENDS, why_not
-from train.models import ResNet, resnet18
+from train.models import resnet18, resnet18_cifar
 
 from .contenders import bare_read, serving, theorem1
 from .record import Quantiles, Row
@@ -172,7 +172,7 @@ def test_training_step(ord, benchmark, rows, seconds):
     images, labels = torch.randn(IMAGES, device=device), torch.randint(10, IMAGES[:1], device=device)
 
     torch.manual_seed(0)
-    model = ResNet([2, 2, 2, 2], 64, classes=10).to(device)
+    model = resnet18_cifar().to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, fused=True)
     decay = convnorm.NormDecay(model, IMAGES, ord=ORDS[ord], beta=1e-6)
 

@@ -399,25 +399,6 @@ def test_a_parametrization_comes_and_goes():
     assert torch.equal(conv.weight, bounded)
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("mode", ["zeros", "circular", "reflect"])
-def test_a_constrained_layer_compiles(mode, training):
-    torch._dynamo.reset()
-    conv = constrain(nn.Conv1d(3, 4, 3, padding=1, padding_mode=mode), [8], ord=2, bound=0.3)
-    x = torch.randn(2, 3, 8)
-    compiled = torch.compile(lambda x: conv(x).square().sum(), fullgraph=True, backend="aot_eager")
-    results = []
-    for call in (compiled, lambda x: conv(x).square().sum()):
-        conv.zero_grad()
-        with torch.set_grad_enabled(training):
-            value = call(x)
-        if training:
-            value.backward()
-            results.append(conv.parametrizations.weight.original.grad.clone())
-        results.append(value.detach())
-    torch.testing.assert_close(results[: len(results) // 2], results[len(results) // 2 :])
-
-
 def test_the_operator_is_one():
     layer = as_layer(torch.randn(3, 2, 3), [6], padding=1)
     bound = torch.tensor(0.5, dtype=torch.float64)

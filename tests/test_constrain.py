@@ -502,10 +502,13 @@ def test_another_precision_does_not_change_the_bound():
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(("in_shape", "ord"), [([8], 1), ([8], inf), ([2], 1)])
-def test_a_constrained_layer_compiles(in_shape, ord, training):
+@pytest.mark.parametrize(
+    ("mode", "in_shape", "ord"),
+    [("zeros", [8], 1), ("zeros", [8], inf), ("zeros", [2], 1), *((mode, [8], 2) for mode in cases.MODES)],
+)
+def test_a_constrained_layer_compiles(mode, in_shape, ord, training):
     torch._dynamo.reset()
-    conv = constrain(nn.Conv1d(3, 4, 3, padding=1), in_shape, ord=ord, bound=0.3)
+    conv = constrain(nn.Conv1d(3, 4, 3, padding=1, padding_mode=mode), in_shape, ord=ord, bound=0.3)
     x = torch.randn(2, 3, *in_shape)
     compiled = torch.compile(lambda x: conv(x).square().sum(), fullgraph=True, backend="aot_eager")
     results = []

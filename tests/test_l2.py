@@ -280,6 +280,13 @@ def test_searches_on_smaller_inputs_are_layers_too():
     assert found.upper >= truth * (1 - ROUNDING)
 
 
+def test_a_norm_beyond_float64_is_said_to_be():
+    found = convnorm.l2(torch.full((4, 4), 1e308, dtype=torch.float64))
+    assert found.lower.isfinite()
+    assert found.upper.isinf()
+    assert found.stopped == "float64, which has no number as large"
+
+
 def test_a_zero_layer_has_norm_zero():
     weight = torch.zeros(3, 2, 3, requires_grad=True)
     found = convnorm.l2(weight, [5], padding=1)

@@ -94,6 +94,8 @@ def l2(
     lower = attained(one, search.right)
     upper = upward(torch.tensor(proof.upper, dtype=torch.float64, device=one.weight.device), search.size)
     stopped = "" if search.closed(proof.upper) else proof.limit
+    if upper.isinf():
+        stopped = "float64, which has no number as large"
     return Bracket(lower, upper, proof.certificate, stopped, search.right)
 
 

@@ -74,7 +74,7 @@ def prove(
 
 def _upper(layer: Layer, bound: float, start: Tensor | None, rtol: float, search: float) -> tuple[float, Tensor | None]:
     layer = with_read_taps(replace(layer, weight=layer.weight.detach()))
-    if (upper := product_upper(layer)) <= bound:
+    if (upper := sqrt_l1_linf(layer).item()) <= bound:
         return upper, start
     found = lanczos(layer, rtol=search, start=start)
     scale = power_of_two(layer.weight)
@@ -91,11 +91,6 @@ def _upper(layer: Layer, bound: float, start: Tensor | None, rtol: float, search
     return uppers.max().item() * (1 + 2.0**-50) * scale, found.right
 
 
-def product_upper(layer: Layer) -> float:
-    """sqrt(l1 linf) >= the l2 norm, in float64: at a read of the weight."""
-    return sqrt_l1_linf(layer).item()
-
-
 def rescaled(
     exact: Tensor, layers: Sequence[Layer], bound: float, proved: Proved, dtype: torch.dtype, rtol: float = RTOL
 ) -> tuple[Tensor, Proved]:
@@ -107,7 +102,8 @@ def rescaled(
     for tries in range(MOST_TRIES + 1):
         stored = toward_zero(exact * share, dtype)
         lost = stored.double() - exact * share
-        upper = share * proved.upper * (1 + 2.0**-50) + max(product_upper(replace(one, weight=lost)) for one in layers)
+        moved = max(sqrt_l1_linf(replace(one, weight=lost)).item() for one in layers)
+        upper = share * proved.upper * (1 + 2.0**-50) + moved
         if upper <= bound:
             break
         upper = prove([replace(one, weight=stored) for one in layers], bound, proved.rights, rtol=rtol).upper
