@@ -247,7 +247,7 @@ def refusals(found: Sequence[Summary]) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="holds CIFAR-10's binary version")
+    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="holds CIFAR-10, or is to hold it")
     parser.add_argument("--steps", type=int, default=400, help="of training, each of 128 images")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="of the trained weights, to read or to write")
     options = parser.parse_args(arguments)

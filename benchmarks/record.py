@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -16,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from train.made import commit, cpu_model
 
 HERE = Path(__file__).parent
 LEGEND = """\
@@ -146,28 +147,12 @@ def where_and_when(command: str) -> dict[str, str | int | None]:
     }
 
 
-def commit() -> str | None:
-    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(describe, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def machine() -> str:
     """What serves the benchmarks that run on the best that there is."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     count = torch.get_num_threads()
     return f"{cpu_model()}, {count} thread{'s' if count > 1 else ''}"
-
-
-def cpu_model() -> str:
-    try:
-        found = re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def version(package: str) -> str | None:

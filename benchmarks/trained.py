@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.data import Images, cifar10, normalised
+from train.data import Images, load, normalised
 from train.models import resnet20
 
 BATCH = 128
@@ -26,9 +26,9 @@ def trained(data: str | Path, steps: int, device: str, checkpoint: Path | None) 
         if kept["steps"] != steps:
             raise ValueError(f"checkpoint {str(checkpoint)!r} is of {kept['steps']} steps, not {steps}")
     else:
-        training, test = cifar10(data)
-        network = train(training, steps, device)
-        kept = {"steps": steps, "accuracy": accuracy(network, test, device), "weights": network.state_dict()}
+        images = load("cifar10", data)
+        network = train(images.training, steps, device)
+        kept = {"steps": steps, "accuracy": accuracy(network, images.test, device), "weights": network.state_dict()}
         if checkpoint:
             torch.save(kept, checkpoint)
     network = resnet20().to(device)  # whose weights lie in memory as they do by default

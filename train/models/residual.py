@@ -97,9 +97,18 @@ def resnet20(classes: int = 10) -> ResNet:
     return ResNet([3, 3, 3], 16, classes=classes)
 
 
-def resnet18_cifar(classes: int = 10) -> ResNet:
+def channels(full: int, width: float, multiple: int = 1) -> int:
+    """``width`` times as many, rounded to a multiple, which is also the least.
+
+    >>> channels(152, 1, 8), channels(152, 0.25, 8), channels(24, 0.125, 8)
+    (152, 40, 8)
+    """
+    return max(1, round(full * width / multiple)) * multiple
+
+
+def resnet18_cifar(classes: int = 10, width: float = 1) -> ResNet:
     """11.2 million parameters."""
-    return ResNet([2, 2, 2, 2], 64, classes=classes)
+    return ResNet([2, 2, 2, 2], channels(64, width), classes=classes)
 
 
 def resnet18(classes: int = 1000) -> ResNet:
@@ -112,7 +121,8 @@ def resnet50(classes: int = 1000) -> ResNet:
     return ResNet([3, 4, 6, 3], 64, classes=classes, bottleneck=True, small_images=False)
 
 
-def regnetx_200mf_cifar(classes: int = 10) -> StagedNetwork:
+def regnetx_200mf_cifar(classes: int = 10, width: float = 1) -> StagedNetwork:
     """2.3 million parameters, 13 of its convolutions grouped."""
     block = partial(grouped_block, group_width=8)
-    return StagedNetwork(block, [1, 1, 4, 7], [24, 56, 152, 368], [1, 1, 2, 2], classes=classes)
+    widths = [channels(full, width, 8) for full in (24, 56, 152, 368)]
+    return StagedNetwork(block, [1, 1, 4, 7], widths, [1, 1, 2, 2], classes=classes, stem=channels(64, width))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .residual import StagedNetwork
+from .residual import StagedNetwork, channels
 
 
 class Excitation(nn.Module):
@@ -12,7 +12,7 @@ class Excitation(nn.Module):
 
     def __init__(self, width: int, reduction: int = 16) -> None:
         super().__init__()
-        squeezed = width // reduction
+        squeezed = max(1, width // reduction)
         self.gates = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),
             nn.Conv2d(width, squeezed, 1),
@@ -47,6 +47,7 @@ class PreActivation(nn.Module):
         return self.excitation(self.branch(y)) + shortcut
 
 
-def senet18_cifar(classes: int = 10) -> StagedNetwork:
+def senet18_cifar(classes: int = 10, width: float = 1) -> StagedNetwork:
     """11.3 million parameters."""
-    return StagedNetwork(PreActivation, [2, 2, 2, 2], [64, 128, 256, 512], [1, 2, 2, 2], classes=classes)
+    stem, *_ = widths = [channels(full, width) for full in (64, 128, 256, 512)]
+    return StagedNetwork(PreActivation, [2, 2, 2, 2], widths, [1, 2, 2, 2], classes=classes, stem=stem)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from .residual import channels
+
 
 class VGG(nn.Sequential):
     """Stages of 3x3 convolutions, a pooling to half the resolution after each; a linear layer.
@@ -26,6 +28,7 @@ class VGG(nn.Sequential):
         super().__init__(parts)
 
 
-def vgg11_cifar(classes: int = 10) -> VGG:
+def vgg11_cifar(classes: int = 10, width: float = 1) -> VGG:
     """9.2 million parameters. Its last two convolutions have inputs of 2x2, smaller than their kernels."""
-    return VGG([[64], [128], [256, 256], [512, 512], [512, 512]], classes=classes)
+    stages = [[64], [128], [256, 256], [512, 512], [512, 512]]
+    return VGG([[channels(full, width) for full in stage] for stage in stages], classes=classes)

@@ -1,0 +1,206 @@
+"""``python -m train``: the experiments of *Large Norms of CNN Layers Do Not Hurt Adversarial Robustness*."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+
+from . import evaluate, figure2, ranks, rows, table2, theory, widths
+from .attacks import RELEASED, STANDARD
+from .cell import ALLOWED, METHODS, PRESETS, Cell, Protocol, protocol
+from .data import NAMES, Data, directory_of, load
+from .engines import ENGINES, Work
+from .methods import ADVERSARIAL
+from .models import PAPER
+from .progress import Board
+from .run import run
+
+ATTACKS = {"standard": STANDARD, "released": RELEASED, "apgd-ce": ("apgd-ce",)}
+EXPERIMENTS = {"table2": "norm regularisation", "figure2": "adversarial training", "widths": "width against robustness"}
+PAGES = {"table2": table2.render, "figure2": figure2.render}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        print(f"python -m train: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("python -m train: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    whole = argparse.ArgumentParser(prog="python -m train", description=__doc__.partition(": ")[2])
+    commands = whole.add_subparsers(required=True, metavar="COMMAND")
+
+    one = commands.add_parser("run", help="train one network, attack it, and write its row")
+    one.add_argument("--model", required=True, choices=tuple(PAPER))
+    one.add_argument("--method", required=True, choices=METHODS)
+    one.add_argument("--beta", type=float, help="strength: of decay, ALP and TRADES; what 'clip' clips to")
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--experiment", choices=ALLOWED["experiment"], help="whose protocol (default: the method's)")
+    add_protocol(one)
+    one.set_defaults(command=run_one)
+
+    for name, what in EXPERIMENTS.items():
+        all = commands.add_parser(name, help=f"{what}: train the missing cells, render all from their rows")
+        all.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="cells by name: 'resnet18-*'")
+        all.add_argument("--render", action="store_true", help="train nothing")
+        all.add_argument("--engine", choices=tuple(ENGINES), default="local")
+        all.add_argument(
+            "--jobs", type=int, help="cells at a time (with Ray on GPUs: on each) (default: one a core, one a GPU)"
+        )
+        add_protocol(all, "--seeds")
+        all.set_defaults(command=run_widths if name == "widths" else run_all, experiment=name)
+
+    network = commands.add_parser("evaluate", help="all that is measured of one trained network, as a page")
+    evaluate.add_arguments(network)
+    network.set_defaults(command=evaluate.main)
+
+    proofs = commands.add_parser(
+        "theory", help="build the networks of Propositions 1 and 2 and Theorem 2, and check them"
+    )
+    proofs.add_argument("--out", type=Path, default=Path("runs/theory"), metavar="DIR", help="(default: runs/theory)")
+    proofs.add_argument("--eps", type=evaluate.radius, default=0.04, help="of the attacks (default: 0.04)")
+    proofs.add_argument("--xi", type=float, default=1000, help="least Lipschitz constant (default: 1000)")
+    proofs.add_argument("--norm", type=float, default=1000, help="least norm of each layer (default: 1000)")
+    proofs.set_defaults(command=run_theory)
+    return whole
+
+
+def add_protocol(command: argparse.ArgumentParser, *more: str) -> None:
+    """The options that say how, where and on what to train."""
+    command.add_argument("--preset", choices=PRESETS, default="smoke", help="(default: smoke)")
+    command.add_argument("--data", metavar="DIR", help="directory of the data set (or CONVNORM_DATA)")
+    command.add_argument("--dataset", choices=NAMES, help="(default: cifar10 if there is a directory, else synthetic)")
+    command.add_argument("--out", type=Path, metavar="DIR", help="rows, checkpoints, pages (default: runs/...)")
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command.add_argument("--threads", type=int, help="of each process on a CPU")
+    changes = command.add_argument_group("changes to the preset")
+    for option in ("--epochs", "--training-images", "--test-images", "--attacked-images", "--batch", *more):
+        changes.add_argument(option, type=int, metavar="N")
+    for option in ("--width", "--learning-rate"):
+        changes.add_argument(option, type=float, metavar="X")
+    changes.add_argument("--eps", type=evaluate.radius, metavar="X", help="of the attack: 0.031 or 8/255")
+    changes.add_argument("--attacks", type=lambda name: ATTACKS.get(name, name), metavar="|".join(ATTACKS))
+    changes.add_argument("--variant", choices=ALLOWED["variant"], help="of norm decay and clipping")
+    changes.add_argument("--precision", choices=ALLOWED["precision"])
+    changes.add_argument("--compiled", action="store_true", default=None, help="training steps by torch.compile")
+
+
+def chosen(options: argparse.Namespace, experiment: str, data: Data) -> Protocol:
+    """The preset with the changes to it, and no more images than there are."""
+    preset = protocol(experiment, options.preset)
+    changes = {name: value for name, value in vars(options).items() if value is not None and hasattr(preset, name)}
+    changed = replace(preset, **changes | {"dataset": data.name, "experiment": experiment})
+    training_images = min(changed.training_images, len(data.training))
+    test_images = min(changed.test_images, len(data.test))
+    attacked_images = min(changed.attacked_images, test_images)
+    return replace(changed, training_images=training_images, test_images=test_images, attacked_images=attacked_images)
+
+
+def given(options: argparse.Namespace) -> tuple[Data, Path | None]:
+    directory = directory_of(options.data)
+    if not (options.dataset or directory):
+        print("neither --data nor CONVNORM_DATA: on synthetic images", file=sys.stderr)
+    return load(options.dataset or ("cifar10" if directory else "synthetic"), directory), directory
+
+
+def run_one(options: argparse.Namespace) -> int:
+    experiment = options.experiment or ("figure2" if options.method in ADVERSARIAL else "table2")
+    cell = Cell(options.model, options.method, options.beta, options.seed)
+    data, _ = given(options)
+    how = chosen(options, experiment, data)
+    out = options.out or Path("runs") / f"{experiment}-{how.preset}"
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if not rows.missing(out, [cell], how):
+        print(f"row {str(rows.path(out, cell))!r} is there")
+        return 0
+    with ranks.joined(options.device) as device:
+        board = Board(1, quiet=ranks.rank() > 0)
+        with board.shown():
+            row = run(cell, how, data, out, device, lambda news: board.tell(cell, news))
+        board.ended(cell, row)
+    return 0
+
+
+def run_all(options: argparse.Namespace) -> int:
+    data, directory = given(options)
+    how = chosen(options, options.experiment, data)
+    out = options.out or Path("runs") / f"{options.experiment}-{how.preset}"
+    cells = how.cells()
+    missing = [] if options.render else rows.missing(out, cells, how)
+    failed = fill(
+        only(missing, options), cells, Work(how, out, directory, options.device, options.threads or 1), options
+    )
+    page = PAGES[options.experiment](rows.read(out), out)
+    print(page)
+    return 1 if failed else 0
+
+
+def run_widths(options: argparse.Namespace) -> int:
+    data, directory = given(options)
+    how = chosen(options, "figure2", data)
+    out = options.out or Path("runs") / f"widths-{how.preset}"
+    failed = 0
+    for part, folder, cells in widths.parts(how, out) if not options.render else ():
+        missing = only(rows.missing(folder, cells, part), options)
+        failed += fill(missing, cells, Work(part, folder, directory, options.device, options.threads or 1), options)
+        for cell in cells:
+            place = widths.evaluation(folder, cell)
+            if rows.path(folder, cell).exists() and not (place / "evaluation.json").exists():
+                evaluate.evaluate(
+                    folder / "checkpoints" / f"{cell.name}.pt",
+                    data,
+                    eps=part.eps,
+                    images=part.attacked_images,
+                    attacks=part.attacks,
+                    iterations=part.attack_iterations,
+                    out=place,
+                    device=torch.device(options.device),
+                )
+    print(widths.render(widths.read(how, out), out))
+    return 1 if failed else 0
+
+
+def only(cells: Sequence[Cell], options: argparse.Namespace) -> list[Cell]:
+    return [cell for cell in cells if any(fnmatchcase(cell.name, pattern) for pattern in options.only)]
+
+
+def fill(missing: Sequence[Cell], cells: Sequence[Cell], work: Work, options: argparse.Namespace) -> int:
+    """Trains the missing cells; how many of them failed."""
+    if not missing:
+        return 0
+    jobs = options.jobs or work.places()
+    waiting, failed = list(missing), 0
+    board = Board(len(cells), done=len(cells) - len(missing))
+    with board.shown():
+        for ended in ENGINES[options.engine](missing, work, min(jobs, len(missing))):
+            if ended is None:
+                board.look(work.out, waiting)
+                continue
+            cell, error = ended
+            waiting.remove(cell)
+            failed += error is not None
+            board.ended(cell, error or rows.read_one(rows.path(work.out, cell)))
+    return failed
+
+
+def run_theory(options: argparse.Namespace) -> int:
+    checks = theory.run(options.out, eps=options.eps, xi=options.xi, norm=options.norm)
+    print(theory.table(checks))
+    return 0 if all(check.holds for check in checks) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""Independent cells, spread over processes: local ones, or Ray's on one or several machines.
+
+An engine is a generator of what has ended, ``(cell, None)`` or ``(cell, what went wrong)``, and of None now and then,
+for whoever draws its progress. Workers write rows, checkpoints and progress to the run's folder; machines share it.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import lru_cache
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .cell import Cell, Protocol
+from .data import load
+from .run import run
+
+Ended = tuple[Cell, str | None]
+TICK = 0.5  # seconds
+loaded = lru_cache(maxsize=1)(load)  # one data set in a worker, whatever the number of its cells
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the cells of a run have in common."""
+
+    protocol: Protocol
+    out: Path
+    data: Path | None
+    device: str
+    threads: int  # of each worker
+
+    def do(self, cell: Cell, device: str) -> str | None:
+        """Within a worker. What went wrong comes back as text: one line, or the traceback of what nobody foresaw."""
+        torch.set_num_threads(self.threads)
+        news = news_file(self.out, cell)
+        try:
+            data = loaded(self.protocol.dataset, self.data)
+            run(cell, self.protocol, data, self.out, torch.device(device), lambda told: write_news(news, told))
+        except (ValueError, OSError, ImportError, FloatingPointError) as error:
+            return str(error)
+        except Exception:
+            return traceback.format_exc()
+        finally:
+            news.unlink(missing_ok=True)
+        return None
+
+    def devices(self) -> list[str]:
+        if self.device != "cuda":
+            return [self.device]
+        return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+
+    def places(self) -> int:
+        """How many cells to train at a time, unless told."""
+        return len(self.devices()) if self.device.startswith("cuda") else max(1, os.cpu_count() // self.threads)
+
+
+def news_file(out: Path, cell: Cell) -> Path:
+    return out / "progress" / f"{cell.name}.json"
+
+
+def write_news(file: Path, news: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_suffix(f".{os.getpid()}")
+    new.write_text(json.dumps(news))
+    new.replace(file)  # whoever reads sees a whole one
+
+
+def forget_news(out: Path, cells: Sequence[Cell]) -> None:
+    """Of workers that were killed."""
+    for cell in cells:
+        for left in (out / "progress").glob(f"{cell.name}.*"):
+            left.unlink(missing_ok=True)
+
+
+def local(cells: Sequence[Cell], work: Work, jobs: int) -> Iterator[Ended | None]:
+    """``jobs`` processes of this machine, taking its GPUs by turns. Of one that dies, only the cell is lost."""
+    forget_news(work.out, cells)
+    context = multiprocessing.get_context("spawn")  # a process with CUDA or threads cannot be forked
+    lifeline, held = context.Pipe(duplex=False)
+    devices = work.devices()
+    waiting, running = deque(cells), dict[Future[str | None], tuple[Cell, int]]()
+
+    def worker() -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(1, mp_context=context, initializer=live_by, initargs=(lifeline,))
+
+    def begin(place: int) -> None:
+        if waiting:
+            cell = waiting.popleft()
+            # Ctrl-C goes to all processes of a terminal; workers inherit that it is not for them
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            running[workers[place].submit(work.do, cell, devices[place % len(devices)])] = cell, place
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    workers = [worker() for _ in range(jobs)]
+    try:
+        for place in range(jobs):
+            begin(place)
+        while running:
+            for future in wait(running, TICK, FIRST_COMPLETED).done:
+                cell, place = running.pop(future)
+                try:
+                    error = future.result()
+                except BrokenProcessPool:
+                    error = "its process was killed, by the system if memory ran out"
+                    workers[place] = worker()
+                begin(place)
+                yield cell, error
+            yield None
+    finally:
+        held.close()
+        for each in workers:
+            each.shutdown(wait=False, cancel_futures=True)
+
+
+def live_by(lifeline: Connection) -> None:
+    """A worker ends once nobody holds the other end: when its engine does, even by SIGKILL."""
+
+    def watch() -> None:
+        lifeline.poll(None)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def ray(cells: Sequence[Cell], work: Work, jobs: int) -> Iterator[Ended | None]:
+    """Ray's workers: of the cluster that RAY_ADDRESS names, else of this machine. ``jobs`` of them share a GPU."""
+    try:
+        import ray
+    except ImportError:
+        raise ImportError("engine 'ray' needs Ray: pip install \"ray[default]\"") from None
+    forget_news(work.out, cells)
+    address, at_once = os.environ.get("RAY_ADDRESS"), jobs * len(work.devices())
+    room = {"address": address} if address else {"num_cpus": at_once * work.threads, "include_dashboard": False}
+    ray.init(**room, log_to_driver=False)
+    gpus = 10_000 // jobs / 10_000 if work.device == "cuda" else 0  # Ray rounds to as many digits
+    task = ray.remote(num_cpus=work.threads, num_gpus=gpus, max_retries=0)(work.do.__func__)
+    try:
+        futures = {task.remote(work, cell, work.device): cell for cell in cells}
+        pending = list(futures)
+        while pending:
+            done, pending = ray.wait(pending, timeout=TICK)
+            for future in done:
+                try:
+                    yield futures[future], ray.get(future)
+                except ray.exceptions.RayError as error:
+                    yield futures[future], str(error)
+            yield None
+    finally:
+        ray.shutdown()
+
+
+ENGINES: dict[str, Callable[[Sequence[Cell], Work, int], Iterator[Ended | None]]] = {"local": local, "ray": ray}

@@ -1,0 +1,178 @@
+"""The rows of one run, for the pages made of them: what they share, which cells are missing, how they were made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import cifar, synthetic
+from .cell import STANDARD, STRENGTHS, Cell, Protocol
+from .rows import Row, check_same
+from .statistics import wilson
+
+Setting = tuple[str, float | None]  # method, strength
+
+
+@dataclass(frozen=True)
+class Report:
+    """One experiment's rows: of one protocol, so that they can be compared."""
+
+    protocol: Protocol
+    rows: dict[Cell, Row]
+
+    @classmethod
+    def of(cls, rows: Iterable[Row], experiment: str) -> Report:
+        """Those of ``rows`` that belong to ``experiment``."""
+        mine = [row for row in rows if row["protocol"]["experiment"] == experiment]
+        if not mine:
+            raise ValueError(f"rows hold none of {experiment}: there is nothing to show")
+        protocol = max((row["protocol"] for row in mine), key=lambda protocol: protocol["seeds"])
+        protocol = Protocol(**protocol | {"attacks": tuple(protocol["attacks"])})
+        found: dict[Cell, Row] = {}
+        for row in mine:
+            cell = Cell(**row["cell"])
+            check_same(row["protocol"], protocol, f"rows hold {cell.name}")
+            if cell in found:
+                raise ValueError(f"rows hold {cell.name} twice")
+            found[cell] = row
+        return cls(protocol, dict(sorted(found.items(), key=lambda pair: pair[0].name)))
+
+    @property
+    def settings(self) -> list[Setting]:
+        """Method and strength of each line of its table, plain first and then the strongest of each method first."""
+        methods = STRENGTHS[self.protocol.experiment]
+        return [(method, strength) for method, strengths in methods.items() for strength in strengths]
+
+    def seeds(self, model: str, method: str, strength: float | None) -> list[Row]:
+        """The rows of one setting, by seed; empty where it is missing."""
+        found = [cell for cell in self.rows if (cell.model, cell.method, cell.strength) == (model, method, strength)]
+        return [self.rows[cell] for cell in sorted(found, key=lambda cell: cell.seed)]
+
+    @property
+    def missing(self) -> list[Cell]:
+        """Cells that the protocol asks for and that have no row."""
+        return [cell for cell in self.protocol.cells() if cell not in self.rows]
+
+    @property
+    def several_seeds(self) -> bool:
+        return len({cell.seed for cell in self.rows}) > 1
+
+    def at_chance(self, row: Row) -> bool:
+        """Whether its clean accuracy may be that of guessing."""
+        dataset = self.protocol.dataset
+        classes = synthetic.CLASSES if dataset == "synthetic" else cifar.SOURCES[dataset].classes
+        return wilson(row["clean"]["right"], row["clean"]["images"]).low <= 1 / classes
+
+    @property
+    def spread(self) -> str:
+        """What stands behind each ± of ``written``."""
+        if self.several_seeds:
+            return "mean ± deviation over seeds"
+        return "one seed; ± is half of the 95 % interval over images (Wilson)"
+
+    def written(self, rows: Sequence[Row], which: str) -> str:
+        """An accuracy in percent, from the rows of all seeds of one setting."""
+        if not rows:
+            return "missing"
+        percent = [100 * accuracy(row, which) for row in rows]
+        if len(rows) > 1:
+            return f"{np.mean(percent):.1f} ± {np.std(percent, ddof=1):.1f}"
+        if self.several_seeds:
+            return f"{percent[0]:.1f}"
+        low, high = wilson(rows[0][which]["right"], rows[0][which]["images"])
+        return f"{percent[0]:.1f} ± {50 * (high - low):.1f}"
+
+    def caveats(self) -> list[str]:
+        """What stands between this run and any conclusion from it."""
+        protocol, found = self.protocol, []
+        if any(row["protocol"]["preset"] == "smoke" for row in self.rows.values()):
+            found.append(
+                f"Preset smoke: networks of {protocol.width:g} times the width, trained for {protocol.epochs} epochs "
+                f"on {protocol.training_images:,} images. What holds for them need not hold at the paper's size."
+            )
+        if self.missing:
+            found.append(
+                f"{len(self.missing)} of {len(protocol.cells())} cells are missing: not trained yet, or diverged."
+            )
+        if not self.several_seeds:
+            found.append(
+                "One seed. Intervals and tests over test images are about these trained networks: they do not say what "
+                "another training would give. Seeds would."
+            )
+        if set(protocol.attacks) != set(STANDARD):
+            found.append(
+                f"Attacked by {', '.join(protocol.attacks)} only: standard AutoAttack could only find less robustness."
+            )
+        if protocol.dataset == "synthetic":
+            found.append("Synthetic images: nothing here is about natural ones.")
+        return found
+
+    def header(self) -> str:
+        """How it was run, as a Markdown list."""
+        protocol, rows = self.protocol, list(self.rows.values())
+        made = [row["made"] for row in rows]
+        minutes = sum(sum(row["seconds"].values()) for row in rows) / 60
+        time = f"{minutes:.2g} minutes" if minutes < 60 else f"{minutes / 60:.1f} hours"
+        dates = sorted(each["date"] for each in made)
+        lines = {
+            "cells": f"{len(rows) - self._beyond} of {len(protocol.cells())}"
+            + (f", and {self._beyond} more" if self._beyond else "")
+            + (f"; missing: {_names(self.missing)}" if self.missing else ""),
+            "training": f"preset `{protocol.preset}`, variant `{protocol.variant}`, width x {protocol.width:g}, "
+            f"{protocol.epochs} epochs of {protocol.training_images:,} images of {protocol.dataset}, batch "
+            f"{protocol.batch}, learning rate {protocol.learning_rate:g}, {protocol.precision}",
+            "test": f"clean on {protocol.test_images:,} images; robust on the first {protocol.attacked_images:,} "
+            f"against {', '.join(protocol.attacks)} ({protocol.attack_iterations} iterations), linf, "
+            f"eps {protocol.eps * 255:.3g}/255",
+            "time": f"{time} of cells one after another",
+            "made by": f"commit {_all(made, 'commit')}, torch {_all(made, 'torch')}, Python {_all(made, 'python')}, on "
+            f"{_all(made, 'device')}, {dates[0]}" + (f" to {dates[-1]}" if dates[-1] != dates[0] else ""),
+        }
+        return "\n".join(f"- **{name}**: {line}" for name, line in lines.items())
+
+    @property
+    def _beyond(self) -> int:
+        return len(set(self.rows) - set(self.protocol.cells()))
+
+
+def accuracy(row: Row, which: str) -> float:
+    """``which`` is clean or robust."""
+    return row[which]["right"] / row[which]["images"]
+
+
+def norms_of(row: Row, norm: str) -> np.ndarray:
+    """One number for each layer; of l2 brackets the middle."""
+    return middles(row["norms"][norm])
+
+
+def middles(norms: Sequence[float] | Sequence[Sequence[float]]) -> np.ndarray:
+    """
+    >>> middles([[2.0, 4.0]]), middles([3.0])
+    (array([3.]), array([3.]))
+    """
+    values = np.asarray(norms, dtype=float)
+    return values.mean(axis=-1) if values.ndim == 2 else values
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """In Markdown."""
+    rule = ["---"] * len(head)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
+
+
+def image(file: str, what: str) -> str:
+    """In Markdown: the PNG, which leads to the SVG beside it."""
+    return f"[![{what}]({file}.png)]({file}.svg)"
+
+
+def _names(cells: Sequence[Cell], shown: int = 6) -> str:
+    names = ", ".join(cell.name for cell in cells[:shown])
+    return names + (f" and {len(cells) - shown} more" if len(cells) > shown else "")
+
+
+def _all(made: Iterable[dict[str, Any]], what: str) -> str:
+    """Every value that some row has."""
+    return ", ".join(dict.fromkeys(str(each[what]) for each in made))

@@ -1,0 +1,131 @@
+"""Width and robustness: ``python -m train widths``, after Wu et al., *Does Network Width Really Help Adversarial
+Robustness?*, 2021.
+
+They train networks of growing width by TRADES. Clean accuracy grows with the width, perturbation stability falls, and
+so the regularisation parameter β should grow with the width. Here: a ResNet-18 of each width with each β, its accuracy,
+stability, robust accuracy and empirical local Lipschitz constant, and for each width the β that was best.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .cell import Cell, Protocol
+from .plots import drawing
+from .report import image, table
+
+STRENGTHS = (1.0, 3.0, 9.0)  # β of TRADES
+WIDTHS = {"smoke": (1 / 16, 1 / 8, 1 / 4), "paper": (1 / 4, 1 / 2, 1, 2), "full": (1 / 4, 1 / 2, 1, 2)}
+COLOURS = ("#56B4E9", "#0072B2", "#000000")  # the darker, the stronger
+MEASURES = {
+    "right": "clean accuracy, %",
+    "stable": "perturbation stability, %",
+    "robust": "robust accuracy, %",
+    "lipschitz": "local Lipschitz constant",
+}
+
+Found = dict[str, Any]  # evaluation.json
+
+
+def parts(how: Protocol, out: Path) -> Iterator[tuple[Protocol, Path, list[Cell]]]:
+    """For each width its protocol, folder and cells."""
+    for width in WIDTHS[how.preset]:
+        seeds, strengths = range(how.seeds), STRENGTHS
+        cells = [Cell("resnet18", "trades", strength, seed) for seed in seeds for strength in strengths]
+        yield replace(how, width=width), out / f"width-{width:g}", cells
+
+
+def evaluation(out: Path, cell: Cell) -> Path:
+    return out / "evaluations" / cell.name
+
+
+def read(how: Protocol, out: Path) -> list[Found]:
+    """What was measured of all that were trained."""
+    files = [evaluation(part, cell) / "evaluation.json" for _, part, cells in parts(how, out) for cell in cells]
+    return [json.loads(file.read_text()) for file in files if file.exists()]
+
+
+def value(found: Found, measure: str) -> float:
+    if measure == "lipschitz":
+        return float(np.mean(found["local_lipschitz"]))
+    return 100 * found[measure]["right"] / found[measure]["images"]
+
+
+def best(found: Sequence[Found], width: float) -> float:
+    """The β of the largest robust accuracy, on average over seeds."""
+    mine = [one for one in found if one["protocol"]["width"] == width]
+    strengths = sorted({one["cell"]["strength"] for one in mine})
+    return max(strengths, key=lambda strength: _mean([one for one in mine if one["cell"]["strength"] == strength]))
+
+
+def _mean(found: Sequence[Found]) -> float:
+    return float(np.mean([value(one, "robust") for one in found]))
+
+
+def render(found: Sequence[Found], out: Path) -> Path:
+    """Writes ``out/widths.md`` and its figure."""
+    if not found:
+        raise ValueError(f"folder {str(out)!r} holds no evaluation: there is nothing to show")
+    draw(found, out / "figures" / "widths")
+    page = out / "widths.md"
+    page.write_text("\n\n".join(_sections(found)) + "\n")
+    return page
+
+
+def _sections(found: Sequence[Found]) -> Iterator[str]:
+    first = found[0]
+    protocol, made, images = first["protocol"], first["made"], first["right"]["images"]
+    half = np.mean([np.diff(one["robust"]["interval"]) for one in found]) * 50
+    chosen = [f"β {best(found, width):g} at width {width:g}" for width in _widths(found)]
+    yield "# Width and robustness: ResNet-18 by TRADES"
+    yield "\n".join(
+        [
+            f"- **training**: preset `{protocol['preset']}`, {protocol['epochs']} epochs of "
+            f"{protocol['training_images']:,} images of {protocol['dataset']}, "
+            f"seeds: {len({one['cell']['seed'] for one in found})}",
+            f"- **attacks**: {', '.join(first['attacks'])} ({first['iterations']} iterations), linf, eps "
+            f"{255 * first['eps']:.3g}/255, on {images:,} test images: robust accuracy ± {half:.1f} (95 %)",
+            f"- **made by**: commit {made['commit']}, torch {made['torch']}, on {made['device']}, {made['date']}",
+        ]
+    )
+    yield (
+        "Wu et al., 2021: clean accuracy grows with the width, stability falls, so that wider networks need a larger "
+        f"β. The largest robust accuracy here: {', '.join(chosen)}."
+    )
+    yield image("figures/widths", "Accuracy, stability and local Lipschitz constant against width")
+    ordered = sorted(found, key=lambda one: (one["protocol"]["width"], one["cell"]["strength"], one["cell"]["seed"]))
+    yield table(
+        ["width", "β", *MEASURES.values()],
+        [
+            [f"{one['protocol']['width']:g}", f"{one['cell']['strength']:g}"]
+            + [f"{value(one, measure):.1f}" for measure in MEASURES]
+            for one in ordered
+        ],
+    )
+
+
+def _widths(found: Sequence[Found]) -> list[float]:
+    return sorted({one["protocol"]["width"] for one in found})
+
+
+def draw(found: Sequence[Found], file: Path) -> None:
+    with drawing(file, (10, 2.8)) as figure:
+        for axes, (measure, name) in zip(figure.subplots(1, len(MEASURES)), MEASURES.items(), strict=True):
+            for strength, colour in zip(STRENGTHS, COLOURS, strict=True):
+                of_width: dict[float, list[float]] = {}
+                for one in found:
+                    if one["cell"]["strength"] == strength:
+                        of_width.setdefault(one["protocol"]["width"], []).append(value(one, measure))
+                widths = sorted(of_width)
+                means = [np.mean(of_width[width]) for width in widths]
+                axes.plot(widths, means, "o-", color=colour, lw=1.6, ms=4, label=f"β = {strength:g}")
+            axes.set_xscale("log", base=2)
+            axes.set_xlabel("width")
+            axes.set_title(name, loc="left", fontsize=10)
+        axes.legend(frameon=False, fontsize=8)
