@@ -49,11 +49,12 @@ sanitize: $(VENV)/ready  ## the C++ kernels under AddressSanitizer and Undefined
 	$$here/$(BIN)/python -m pytest -q -k "native or test_optim" --long 2000 --seed 1 tests/test_values.py \
 	tests/test_sizes.py tests/test_momentum.py tests/test_optim.py && rm -rf $$away
 
-gpu: $(VENV)/ready  ## with a GPU: all tests, the CUDA kernels under compute-sanitizer, the benchmarks
+gpu: $(VENV)/ready  ## with a GPU: all tests, the CUDA kernels under compute-sanitizer, the benchmarks, a training epoch
 	CONVNORM_REQUIRE_NATIVE=1 $(BIN)/python -m pytest
 	compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -q tests/test_values.py tests/test_momentum.py \
 	  -k "native-cuda" --long 200
 	$(BIN)/python -m pytest --benchmark
+	$(BIN)/python -m benchmarks.epoch
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info convnorm/*.so

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -57,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
         all.add_argument("--render", action="store_true", help="train nothing")
         all.add_argument("--engine", choices=tuple(ENGINES), default="local")
         all.add_argument(
-            "--jobs", type=int, help="cells at a time (with Ray on GPUs: on each) (default: one a core, one a GPU)"
+            "--jobs", type=count, help="cells at a time, on this machine's GPUs or cores (default: one on each)"
         )
         add_protocol(all, "--seeds")
         all.set_defaults(command=run_widths if name == "widths" else run_all, experiment=name)
@@ -84,17 +85,27 @@ def add_protocol(command: argparse.ArgumentParser, *more: str) -> None:
     command.add_argument("--dataset", choices=NAMES, help="(default: cifar10 if there is a directory, else synthetic)")
     command.add_argument("--out", type=Path, metavar="DIR", help="rows, checkpoints, pages (default: runs/...)")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    command.add_argument("--threads", type=int, help="of each process on a CPU")
+    command.add_argument("--threads", type=count, help="of each process on a CPU")
     changes = command.add_argument_group("changes to the preset")
     for option in ("--epochs", "--training-images", "--test-images", "--attacked-images", "--batch", *more):
         changes.add_argument(option, type=int, metavar="N")
     for option in ("--width", "--learning-rate"):
         changes.add_argument(option, type=float, metavar="X")
     changes.add_argument("--eps", type=evaluate.radius, metavar="X", help="of the attack: 0.031 or 8/255")
-    changes.add_argument("--attacks", type=lambda name: ATTACKS.get(name, name), metavar="|".join(ATTACKS))
+    changes.add_argument("--attacks", type=lambda name: ATTACKS.get(name, (name,)), metavar="|".join(ATTACKS))
     changes.add_argument("--variant", choices=ALLOWED["variant"], help="of norm decay and clipping")
     changes.add_argument("--precision", choices=ALLOWED["precision"])
     changes.add_argument("--compiled", action="store_true", default=None, help="training steps by torch.compile")
+
+
+def count(text: str) -> int:
+    """
+    >>> count("3")
+    3
+    """
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
 
 
 def chosen(options: argparse.Namespace, experiment: str, data: Data) -> Protocol:
@@ -124,7 +135,8 @@ def run_one(options: argparse.Namespace) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     if not rows.missing(out, [cell], how):
-        print(f"row {str(rows.path(out, cell))!r} is there")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"row {str(rows.path(out, cell))!r} is there")
         return 0
     with ranks.joined(options.device) as device:
         board = Board(1, quiet=ranks.rank() > 0)
@@ -135,25 +147,31 @@ def run_one(options: argparse.Namespace) -> int:
 
 
 def run_all(options: argparse.Namespace) -> int:
-    data, directory = given(options)
-    how = chosen(options, options.experiment, data)
-    out = options.out or Path("runs") / f"{options.experiment}-{how.preset}"
-    cells = how.cells()
-    missing = [] if options.render else rows.missing(out, cells, how)
-    failed = fill(
-        only(missing, options), cells, Work(how, out, directory, options.device, options.threads or 1), options
-    )
-    page = PAGES[options.experiment](rows.read(out), out)
-    print(page)
+    out, failed = folder_of(options), 0
+    if not options.render:
+        data, directory = given(options)
+        how = chosen(options, options.experiment, data)
+        cells = how.cells()
+        if not only(cells, options):
+            raise ValueError(f"--only {' '.join(options.only)} is none of the cells, such as {cells[0].name}")
+        missing = only(rows.missing(out, cells, how), options)
+        failed = fill(missing, cells, Work(how, out, directory, options.device, options.threads or 1), options)
+    print(PAGES[options.experiment](rows.read(out), out))
     return 1 if failed else 0
 
 
+def folder_of(options: argparse.Namespace) -> Path:
+    return options.out or Path("runs") / f"{options.experiment}-{options.preset}"
+
+
 def run_widths(options: argparse.Namespace) -> int:
+    out, failed = folder_of(options), 0
+    if options.render:
+        print(widths.render(widths.read(out), out))
+        return 0
     data, directory = given(options)
     how = chosen(options, "figure2", data)
-    out = options.out or Path("runs") / f"widths-{how.preset}"
-    failed = 0
-    for part, folder, cells in widths.parts(how, out) if not options.render else ():
+    for part, folder, cells in widths.parts(how, out):
         missing = only(rows.missing(folder, cells, part), options)
         failed += fill(missing, cells, Work(part, folder, directory, options.device, options.threads or 1), options)
         for cell in cells:
@@ -169,7 +187,7 @@ def run_widths(options: argparse.Namespace) -> int:
                     out=place,
                     device=torch.device(options.device),
                 )
-    print(widths.render(widths.read(how, out), out))
+    print(widths.render(widths.read(out), out))
     return 1 if failed else 0
 
 
@@ -181,6 +199,8 @@ def fill(missing: Sequence[Cell], cells: Sequence[Cell], work: Work, options: ar
     """Trains the missing cells; how many of them failed."""
     if not missing:
         return 0
+    if "LOCAL_RANK" in os.environ:
+        raise ValueError("torchrun is for one network: python -m train run; cells are spread by --engine and --jobs")
     jobs = options.jobs or work.places()
     waiting, failed = list(missing), 0
     board = Board(len(cells), done=len(cells) - len(missing))

@@ -39,6 +39,8 @@ class Cell:
             raise ValueError(f"method {self.method!r} {has} strength (--beta)")
         if self.strength is not None and not 0 <= self.strength < float("inf"):
             raise ValueError(f"strength {self.strength} must be a number of at least 0")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed {self.seed} must be from 0 to 2^32 - 1")
 
     @property
     def name(self) -> str:
@@ -46,7 +48,8 @@ class Cell:
         >>> Cell("resnet18", "l1-decay", 1e-3).name
         'resnet18-l1-decay-0.001-seed0'
         """
-        strength = () if self.strength is None else (f"{self.strength:g}",)
+        short = () if self.strength is None else (f"{self.strength:g}",)
+        strength = tuple(text if float(text) == self.strength else str(self.strength) for text in short)
         return "-".join((self.model, self.method, *strength, f"seed{self.seed}"))
 
 
@@ -91,8 +94,11 @@ class Protocol:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
         if self.batch > self.training_images:
             raise ValueError(f"batch {self.batch} must be at most training_images {self.training_images}")
-        if not self.width > 0:
-            raise ValueError(f"width {self.width} must be more than 0")
+        if unknown := [name for name in self.attacks if name not in STANDARD]:
+            raise ValueError(f"attacks {', '.join(unknown)!r} must be of {', '.join(STANDARD)}")
+        for name in ("width", "learning_rate", "eps"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} {getattr(self, name)} must be a number more than 0")
 
     def cells(self) -> list[Cell]:
         """All that its table or figure shows: 68 for Table 2, 16 for Figure 2, times the seeds."""

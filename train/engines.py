@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,6 +26,7 @@ import torch
 
 from .cell import Cell, Protocol
 from .data import load
+from .ranks import check_usable
 from .run import run
 
 Ended = tuple[Cell, str | None]
@@ -65,7 +66,8 @@ class Work:
 
     def places(self) -> int:
         """How many cells to train at a time, unless told."""
-        return len(self.devices()) if self.device.startswith("cuda") else max(1, os.cpu_count() // self.threads)
+        at_once = len(self.devices()) if self.device.startswith("cuda") else os.cpu_count() // self.threads
+        return max(1, at_once)
 
 
 def news_file(out: Path, cell: Cell) -> Path:
@@ -88,6 +90,7 @@ def forget_news(out: Path, cells: Sequence[Cell]) -> None:
 
 def local(cells: Sequence[Cell], work: Work, jobs: int) -> Iterator[Ended | None]:
     """``jobs`` processes of this machine, taking its GPUs by turns. Of one that dies, only the cell is lost."""
+    check_usable(work.device)
     forget_news(work.out, cells)
     context = multiprocessing.get_context("spawn")  # a process with CUDA or threads cannot be forked
     lifeline, held = context.Pipe(duplex=False)
@@ -137,16 +140,18 @@ def live_by(lifeline: Connection) -> None:
 
 
 def ray(cells: Sequence[Cell], work: Work, jobs: int) -> Iterator[Ended | None]:
-    """Ray's workers: of the cluster that RAY_ADDRESS names, else of this machine. ``jobs`` of them share a GPU."""
+    """Ray's workers: of the cluster that RAY_ADDRESS names, else of this machine. GPUs take as many as they do here."""
     try:
         import ray
     except ImportError:
-        raise ImportError("engine 'ray' needs Ray: pip install \"ray[default]\"") from None
+        raise ImportError("engine 'ray' needs Ray: pip install \"convnorm[ray]\"") from None
     forget_news(work.out, cells)
-    address, at_once = os.environ.get("RAY_ADDRESS"), jobs * len(work.devices())
-    room = {"address": address} if address else {"num_cpus": at_once * work.threads, "include_dashboard": False}
-    ray.init(**room, log_to_driver=False)
-    gpus = 10_000 // jobs / 10_000 if work.device == "cuda" else 0  # Ray rounds to as many digits
+    work = replace(work, out=work.out.absolute(), data=work.data and work.data.absolute())  # workers may be elsewhere
+    address = os.environ.get("RAY_ADDRESS")
+    room = {"address": address} if address else {"num_cpus": jobs * work.threads, "include_dashboard": False}
+    code = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    ray.init(**room, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": code}})
+    gpus = part_of_gpu(jobs, len(work.devices())) if work.device == "cuda" else 0
     task = ray.remote(num_cpus=work.threads, num_gpus=gpus, max_retries=0)(work.do.__func__)
     try:
         futures = {task.remote(work, cell, work.device): cell for cell in cells}
@@ -161,6 +166,16 @@ def ray(cells: Sequence[Cell], work: Work, jobs: int) -> Iterator[Ended | None]:
             yield None
     finally:
         ray.shutdown()
+
+
+def part_of_gpu(jobs: int, gpus: int) -> float:
+    """Of each of ``jobs`` cells, in ten-thousandths as Ray counts it.
+
+    >>> part_of_gpu(8, gpus=8), part_of_gpu(12, gpus=8), part_of_gpu(3, gpus=1)
+    (1.0, 0.5, 0.3333)
+    """
+    on_each = -(-jobs // max(1, gpus))
+    return 10_000 // on_each / 10_000
 
 
 ENGINES: dict[str, Callable[[Sequence[Cell], Work, int], Iterator[Ended | None]]] = {"local": local, "ray": ray}

@@ -15,7 +15,7 @@ import torch
 def made_by(device: torch.device, processes: int = 1) -> dict[str, Any]:
     return {
         "commit": commit(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
         "processes": processes,

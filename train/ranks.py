@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -11,9 +12,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def check_usable(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+
+
 @contextmanager
 def joined(device: str) -> Iterator[torch.device]:
     """This process's device; within, collectives are there if ``torchrun`` started it."""
+    check_usable(device)
     if "LOCAL_RANK" not in os.environ:
         yield torch.device(device)
         return
@@ -24,6 +33,9 @@ def joined(device: str) -> Iterator[torch.device]:
     dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     try:
         yield place
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # DDP has to go before its process group, else both may hang
+        raise
     finally:
         dist.destroy_process_group()
 

@@ -156,6 +156,7 @@ def run(
     cell: Cell, protocol: Protocol, data: Data, out: Path, device: torch.device, tell: Tell = lambda news: None
 ) -> rows.Row:
     """Trains what is left to train, evaluates, and writes the row to ``out``."""
+    torch.backends.cudnn.allow_tf32 = False  # float32 is the reference
     if protocol.batch % ranks.world():
         raise ValueError(f"batch {protocol.batch} is not a multiple of the {ranks.world()} processes")
     training_images, test_images = data.training.first(protocol.training_images), data.test.first(protocol.test_images)
@@ -246,7 +247,7 @@ def norms_of(uses: Sequence[Use], rtol: float) -> dict[str, list]:
 def read(checkpoint: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     try:
         state = torch.load(checkpoint, map_location=device, weights_only=True)
-        whole = state.keys() >= {"cell", "protocol", "classes", "model", "regulariser", "history"}
+        whole = state.keys() >= {"cell", "protocol", "classes", "model"}
     except FileNotFoundError:
         raise FileNotFoundError(f"checkpoint {str(checkpoint)!r} is not there") from None
     except Exception:  # of many types, and pages long

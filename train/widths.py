@@ -45,10 +45,9 @@ def evaluation(out: Path, cell: Cell) -> Path:
     return out / "evaluations" / cell.name
 
 
-def read(how: Protocol, out: Path) -> list[Found]:
+def read(out: Path) -> list[Found]:
     """What was measured of all that were trained."""
-    files = [evaluation(part, cell) / "evaluation.json" for _, part, cells in parts(how, out) for cell in cells]
-    return [json.loads(file.read_text()) for file in files if file.exists()]
+    return [json.loads(file.read_text()) for file in sorted(out.glob("width-*/evaluations/*/evaluation.json"))]
 
 
 def value(found: Found, measure: str) -> float:
