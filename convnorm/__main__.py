@@ -1,17 +1,20 @@
-"""``python -m convnorm check MODEL --input 3 32 32``: the norms of a model's layers, each checked by its witness."""
+"""``python -m convnorm report | compare | check MODEL --input 3 32 32``: the norms of a model's layers.
+
+``check`` prints each beside what its witness attains; ``command.py`` has the others.
+"""
 
 from __future__ import annotations
 
 import argparse
 import copy
-import importlib
 import math
 import sys
 
 import torch
 from torch import nn
 
-from . import norms, witness
+from . import loading, norms, witness
+from .command import add_commands
 from .layers import Use, observe
 
 TOLERANCE = 1e-5  # relative, of a sum in float32
@@ -20,22 +23,23 @@ TOLERANCE = 1e-5  # relative, of a sum in float32
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m convnorm", description=__doc__)
     commands = parser.add_subparsers(required=True)
+    add_commands(commands)
     check = commands.add_parser("check", help="print the norms of all layers beside what their witnesses attain")
-    check.add_argument("model", metavar="MODEL", help="package.module:factory, called without arguments")
+    check.add_argument("model", metavar="MODEL", help="package.module:factory, or another as for report")
     check.add_argument("--input", type=int, nargs="+", required=True, metavar="SIZE", help="channels and spatial sizes")
     check.set_defaults(run=lambda options: check_model(load_model(options.model), options.input))
     options = parser.parse_args(arguments)
-    return options.run(options)
+    try:
+        return options.run(options)
+    except (ValueError, ImportError, OSError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
 
 
 def load_model(name: str) -> nn.Module:
-    module, _, factory = name.partition(":")
-    try:
-        model = getattr(importlib.import_module(module), factory)()
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        sys.exit(f"convnorm: MODEL {name!r} is no package.module:factory: {error}")
+    model = loading.load_model(name)
     if not isinstance(model, nn.Module):
-        sys.exit(f"convnorm: MODEL {name!r} makes a {type(model).__name__}, not an nn.Module")
+        raise ValueError(f"convnorm: MODEL {name!r} is an exported program, whose layers are no modules to check")
     return model
 
 

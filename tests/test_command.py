@@ -160,11 +160,16 @@ def test_check_leaves_the_model_as_it_was():
         "",
     ],
 )
-def test_a_wrong_model_is_refused_in_one_line(name):
-    with pytest.raises(SystemExit) as end:
-        command.main(["check", name, *INPUT])
-    (line,) = end.value.code.splitlines()  # what is no number goes to stderr, with exit status 1
+def test_a_wrong_model_is_refused_in_one_line(name, capsys):
+    assert command.main(["check", name, *INPUT]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"convnorm: MODEL {name!r} ")
+
+
+def test_a_wrong_input_is_refused_in_one_line(capsys):
+    assert command.main(["check", "networks:network", "--input", "4", "8", "8"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("convnorm: the model does not run on an input of [1, 4, 8, 8]")
 
 
 @pytest.mark.parametrize("arguments", [[], ["check"], ["check", "networks:network"], ["measure"], ["check", "--input"]])

@@ -1,0 +1,172 @@
+"""The norms of a model's layers while it trains, to a CSV file or to TensorBoard.
+
+A step measures all layers in one read of the weights and waits for nothing: on a GPU its results stay there, and are
+brought over together, every ``flush_every`` steps and at the end.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from .layers import observe
+from .reporting.find import evaluating, inputs_of
+from .reporting.measure import columns
+from .reporting.optional import optional
+from .sharded import refuse_sharded
+
+Values = list[list[float]]  # l1, linf of each layer
+
+
+class Recorder:
+    """Writes l1 and linf of every layer and step.
+
+    >>> import tempfile, pathlib
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> path = pathlib.Path(folder.name, "norms.csv")
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 10))
+    >>> with Recorder(model, [1, 3, 8, 8], path) as recorder:
+    ...     for _ in range(2):  # ... forward, backward, optimizer.step()
+    ...         recorder.step()
+    >>> print(path.read_text().splitlines()[0])
+    step,l1/0,linf/0,l1/2,linf/2
+    >>> folder.cleanup()
+
+    ``example`` is an input or its shape, or a tuple of them. A ``path`` that ends in ``.csv`` is a table with a line
+    for each step, any other a folder for TensorBoard. ``every`` measures in every so many steps.
+
+    ``start`` is the number of the first step, for a training that resumes from a checkpoint: what the file has of that
+    and later steps is dropped. Without it a table is continued after its last step. Close the recorder, or use it as a
+    context manager: what was measured is written then, also if training ends in an exception.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Tensor | Sequence[Any],
+        path: str | Path,
+        *,
+        every: int = 1,
+        flush_every: int = 100,
+        start: int | None = None,
+    ) -> None:
+        for name, value in (("every", every), ("flush_every", flush_every)):
+            if value < 1:
+                raise ValueError(f"convnorm: {name} {value} must be at least 1")
+        refuse_sharded(model)
+        self._uses = observe(model, *inputs_of(example))
+        if not self._uses:
+            raise ValueError(f"convnorm: model {type(model).__name__} uses no convolutional or fully connected layer")
+        names = [use.name for use in self._uses]
+        sizes = ["x".join(map(str, use.in_shape)) for use in self._uses]
+        labels = [f"{name}@{size}" if names.count(name) > 1 else name for name, size in zip(names, sizes, strict=True)]
+        # the weights of some are computed, and that may change their state: not in evaluation
+        self._computing = [use.module.parametrizations for use in self._uses if is_parametrized(use.module)]
+        with torch.no_grad(), evaluating(model):
+            self._columns = columns([use.layer for use in self._uses])
+        self._every, self._flush_every = every, flush_every
+        self._pending: list[tuple[int, list[Tensor]]] = []
+        self._file = (Table if Path(path).suffix == ".csv" else Events)(Path(path), labels, start)
+        self._next = self._file.first
+
+    def step(self) -> None:
+        """Measure the weights as they are now. After ``optimizer.step()``."""
+        number, self._next = self._next, self._next + 1
+        if number % self._every:
+            return
+        self._pending.append((number, self._measure()))
+        if len(self._pending) == self._flush_every:
+            self.flush()
+
+    @torch.no_grad()
+    def _measure(self) -> list[Tensor]:
+        """[2, layers] on each device, by the order of ``_members``."""
+        with evaluating(*self._computing):
+            weights = [use.module.weight for use in self._uses]
+        batches: dict[tuple, list[int]] = {}
+        for i, weight in enumerate(weights):
+            batches.setdefault((weight.device, weight.dtype), []).append(i)
+        self._members = [i for own in batches.values() for i in own]
+        found = []
+        for own in batches.values():
+            arguments = {name: [column[i] for i in own] for name, column in self._columns.items()}
+            found.append(torch.stack(torch.ops.convnorm.norms_many([weights[i] for i in own], **arguments)))
+        return found
+
+    def flush(self) -> None:
+        """Bring over what was measured, which waits for it, and write it."""
+        pending, self._pending = self._pending, []
+        if pending:
+            steps = [number for number, _ in pending]
+            batches = zip(*(tensors for _, tensors in pending), strict=True)
+            together = torch.cat([torch.stack(own).double().cpu() for own in batches], 2)  # [steps, 2, layers]
+            self._file.write(steps, together[:, :, torch.tensor(self._members).argsort()].mT.tolist())
+
+    def close(self) -> None:
+        self.flush()
+        self._file.close()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class Table:
+    """A CSV file: a line for each step, two columns for each layer."""
+
+    def __init__(self, path: Path, labels: Sequence[str], start: int | None) -> None:
+        heads = ["step", *(f"{norm}/{label}" for label in labels for norm in ("l1", "linf"))]
+        self.first = start or 0
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        if lines and next(csv.reader([lines[0].decode()])) != heads:
+            raise ValueError(f"convnorm: path {str(path)!r} has other columns than those of the model's layers")
+        kept = lines[:1]
+        for line in lines[1:]:
+            step = int(line.partition(b",")[0] or -1)
+            if not line.endswith(b"\n") or (start is not None and step >= start):  # cut off, or to be done again
+                break
+            kept.append(line)
+            self.first = step + 1 if start is None else start
+        self._stream = path.open("r+" if lines else "w", newline="")
+        self._stream.truncate(sum(map(len, kept)))
+        self._stream.seek(0, 2)
+        self._writer = csv.writer(self._stream, lineterminator="\n")
+        if not lines:
+            self._writer.writerow(heads)
+            self._stream.flush()
+
+    def write(self, steps: Sequence[int], values: Sequence[Values]) -> None:
+        for step, layers in zip(steps, values, strict=True):
+            self._writer.writerow([step, *(norm for layer in layers for norm in layer)])
+        self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+class Events:
+    """TensorBoard's files: the scalars l1/layer and linf/layer."""
+
+    def __init__(self, path: Path, labels: Sequence[str], start: int | None) -> None:
+        self.first = start or 0
+        self._labels = labels
+        self._writer = optional("tensorboard", "torch.utils.tensorboard").SummaryWriter(str(path), purge_step=start)
+
+    def write(self, steps: Sequence[int], values: Sequence[Values]) -> None:
+        for step, layers in zip(steps, values, strict=True):
+            for label, (l1, linf) in zip(self._labels, layers, strict=True):
+                self._writer.add_scalar(f"l1/{label}", l1, step)
+                self._writer.add_scalar(f"linf/{label}", linf, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()

@@ -1,0 +1,128 @@
+"""The layers of an exported program (``torch.export``), which has no modules any more: those of its graph.
+
+Its sizes are those that it was exported with. A padding that is no convolution's own (circular, reflecting, repeating)
+is a node of its own there: the convolution after it is measured on the padded input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from ..geometry import GeometryError
+from ..layers import naming
+from .calls import BatchNorm, Found, called_layer, is_vector, multiplier
+
+aten = torch.ops.aten
+CONVOLUTIONS = {aten.conv1d: "Conv1d", aten.conv2d: "Conv2d", aten.conv3d: "Conv3d"}
+TRANSPOSED = {
+    aten.conv_transpose1d: "ConvTranspose1d",
+    aten.conv_transpose2d: "ConvTranspose2d",
+    aten.conv_transpose3d: "ConvTranspose3d",
+}
+KINDS = {aten.linear: "Linear", **CONVOLUTIONS, **TRANSPOSED}
+BATCH_NORMS = (aten.batch_norm, aten._native_batch_norm_legit_no_training)
+
+
+def find_exported(program: ExportedProgram) -> tuple[list[Found], list[str]]:
+    """The layers, and the names of the other parameters that are no mere vectors.
+
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4)).eval()
+    >>> program = torch.export.export(model, (torch.ones(1, 2, 8),))
+    >>> [(one.name, one.kind, one.batch_norm.name) for one in find_exported(program)[0]]
+    [('0', 'Conv1d', '1')]
+    """
+    if not isinstance(program, ExportedProgram):
+        raise TypeError(f"convnorm: model of type {type(program).__name__} must be an nn.Module or an ExportedProgram")
+    tensors = _tensors(program)
+    layers: dict[tuple, list[Node]] = {}
+    for node in program.graph.nodes:
+        weight = _arguments(node).get("weight") if _packet(node) in (*KINDS, aten.convolution) else None
+        if weight is not None and weight.name in tensors:
+            name, _ = tensors[weight.name]
+            sizes = str(_shape(_arguments(node)["input"]))  # those that are free have no hash
+            layers.setdefault((name, *_options(node).values(), sizes), []).append(node)
+    found = []
+    for (name, *_), nodes in layers.items():
+        with naming(name), torch.no_grad():
+            found.append(_found(name, tensors[_arguments(nodes[0])["weight"].name][1], nodes, tensors))
+    measured = {key[0] for key in layers}
+    parameters = program.graph_signature.parameters
+    others = [name for name in parameters if not is_vector(program.state_dict[name]) and name not in measured]
+    return found, others
+
+
+def parameters_of(program: ExportedProgram) -> int:
+    """How many numbers."""
+    return sum(program.state_dict[name].numel() for name in program.graph_signature.parameters)
+
+
+def _found(name: str, weight: Tensor, nodes: list[Node], tensors: dict[str, tuple[str, Tensor]]) -> Found:
+    first = nodes[0]
+    x_shape, options = _shape(_arguments(first)["input"]), _options(first)
+    n_axes = weight.dim() - 2
+    transposed = options.pop("transposed", _packet(first) in TRANSPOSED)
+    kind = KINDS.get(_packet(first)) or f"{'ConvTranspose' if transposed else 'Conv'}{n_axes}d"
+    for size in x_shape[len(x_shape) - n_axes :]:
+        if not isinstance(size, int):
+            raise GeometryError(f"convnorm: input size {size} is not fixed: export the model with fixed sizes")
+    layer = called_layer(weight, x_shape, options, transposed)
+    _ = layer.geometry  # refuses what is no layer
+    channels_second = len(_shape(first)) == n_axes + 2
+    return Found(
+        name.removesuffix(".weight"), kind, layer, len(nodes), _batch_norm(nodes, tensors) if channels_second else None
+    )
+
+
+def _tensors(program: ExportedProgram) -> dict[str, tuple[str, Tensor]]:
+    """Name and value of the parameters and buffers, by the node that stands for them."""
+    signature, found = program.graph_signature, {}
+    values = {**program.state_dict, **program.constants}
+    for names in (signature.inputs_to_parameters, signature.inputs_to_buffers):
+        found |= {node: (name, values[name]) for node, name in names.items()}
+    return found
+
+
+def _packet(node: Node) -> Callable | None:
+    return getattr(node.target, "overloadpacket", None) if node.op == "call_function" else None
+
+
+def _arguments(node: Node) -> dict[str, Any]:
+    names = [argument.name for argument in node.target._schema.arguments]
+    return dict(zip(names, node.args, strict=False)) | node.kwargs
+
+
+def _options(node: Node) -> dict[str, Any]:
+    left_out = ("input", "weight", "bias")
+    given = {name: value for name, value in _arguments(node).items() if name not in left_out}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def _shape(node: Node) -> tuple[int, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+def _batch_norm(nodes: list[Node], tensors: dict[str, tuple[str, Tensor]]) -> BatchNorm | None:
+    """The one that takes everything that the layer returns, and takes it alone."""
+    found = {}
+    for node in nodes:
+        users = list(node.users)
+        if len(users) != 1 or _packet(users[0]) not in BATCH_NORMS:
+            return None
+        given = _arguments(users[0])
+        variance = given["running_var"]
+        if given.get("training") or variance is None or variance.name not in tensors:
+            return None
+        found[variance.name] = given
+    if len(found) != 1:
+        return None
+    (given,) = found.values()
+    name, variance = tensors[given["running_var"].name]
+    weight = None if given["weight"] is None else tensors[given["weight"].name][1]
+    return BatchNorm(name.rpartition(".")[0], multiplier(variance, weight, given["eps"]))

@@ -1,0 +1,232 @@
+"""The layers of a model in forward order, and the batch norm that directly follows each.
+
+Modules whose ``forward`` is PyTorch's own are taken by what they are, padding included. Everywhere else the functions
+are watched, ``F.conv2d(x, weight)`` and the like: where ``weight`` is a parameter or buffer of the model, the call is a
+layer. So are the modules that other libraries derive, which pad or cast in a ``forward`` of their own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..geometry import GeometryError
+from ..layers import LAYERS, Layer, Use, naming, observe
+from .calls import BatchNorm, Found, called_layer, is_vector, multiplier
+
+PLAIN = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+FUNCTIONS = {
+    F.linear: PLAIN[:3],
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), PLAIN),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), TRANSPOSED),
+}
+BATCH_NORM = inspect.signature(F.batch_norm)
+
+
+def find(model: nn.Module, *inputs: Tensor | Sequence[int]) -> tuple[list[Found], list[str]]:
+    """The layers, and the names of the other parameters that are no mere vectors.
+
+    Runs the model in evaluation mode on fake tensors: nothing is computed, no statistics change.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 10))
+    >>> found, others = find(model, [1, 3, 8, 8])
+    >>> [(one.name, one.kind, one.batch_norm and one.batch_norm.name) for one in found], others
+    ([('0', 'Conv2d', '1'), ('3', 'Linear', None)], [])
+    """
+    seen = Seen(model)
+    try:
+        with seen:
+            observe(model, *inputs)
+    except GeometryError:
+        raise
+    except Exception as error:  # whatever the model's own code raises
+        shapes = ", ".join(str(list(x.shape if isinstance(x, Tensor) else x)) for x in inputs)
+        what = f"{type(error).__name__}: {error}"
+        raise GeometryError(f"convnorm: the model does not run on an input of {shapes}: {what}") from error
+    finally:
+        seen.close()
+    return seen.found(), seen.others()
+
+
+def inputs_of(example: Tensor | Sequence[Any]) -> list[Tensor | Sequence[int]]:
+    """One input or its shape, or several of them.
+
+    >>> inputs_of([1, 3, 8, 8]), inputs_of(([1, 3], [1, 5]))
+    ([[1, 3, 8, 8]], [[1, 3], [1, 5]])
+    """
+    one = isinstance(example, Tensor) or all(isinstance(size, int) for size in example)
+    return [example] if one else list(example)
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """In evaluation mode: a parametrized weight may change in training whenever it is read."""
+    training = [module for one in modules for module in one.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@dataclass
+class Output:
+    """What a layer returned (kept, so that its id stays its own), and the calls that took it."""
+
+    tensor: Tensor
+    consumers: list[tuple[Callable, Sequence[Any], dict[str, Any]] | None] = field(default_factory=list)
+
+
+@dataclass
+class Place:
+    """A layer at one input size, and all that it returned."""
+
+    name: str
+    kind: str
+    layer: Callable[[], Layer]  # to be called when nothing is fake any more
+    outputs: list[Output] = field(default_factory=list)
+
+
+class Seen(TorchFunctionMode):
+    """What runs in a forward pass: layers, and who takes what they return."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+        self._names: dict[int, str] = {}
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            self._names.setdefault(id(tensor), name)
+        self._owners = {
+            id(module._parameters.get("weight")): module for module in model.modules() if isinstance(module, LAYERS)
+        }
+        self._places: dict[Any, Place] = {}
+        self._outputs: dict[int, Output] = {}
+        self._inside = False  # of a module that is taken as a whole
+        self._covered: set[int] = set()  # parameters of layers
+        self._hooks = []
+        for name, module in model.named_modules():
+            if isinstance(module, LAYERS) and _runs_as_pytorch(module):
+                self._hooks.append(module.register_forward_pre_hook(self._enter))
+                self._hooks.append(module.register_forward_hook(partial(self._leave, name), with_kwargs=True))
+        self._hooks.append(model.register_forward_hook(lambda model, args, result: self._consumed(result)))
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def found(self) -> list[Found]:
+        found = []
+        for place in self._places.values():
+            with torch.no_grad(), evaluating(self._model), naming(place.name):
+                layer = place.layer()
+                _ = layer.geometry  # refuses what is no layer
+            found.append(Found(place.name, place.kind, layer, len(place.outputs), self._batch_norm(place, layer)))
+        return found
+
+    def others(self) -> list[str]:
+        named = self._model.named_parameters()
+        return [name for name, p in named if not is_vector(p) and id(p) not in self._covered]
+
+    # --- while the model runs ----------------------------------------------------------------------------------------
+
+    def _enter(self, module: nn.Module, args: tuple) -> None:
+        self._inside = True
+
+    def _leave(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], y: Tensor) -> None:
+        self._inside = False
+        x = args[0] if args else kwargs["input"]
+        spatial = 0 if isinstance(module, nn.Linear) else len(module.kernel_size)
+        sizes = tuple(x.shape[x.dim() - spatial :]), tuple(y.shape[y.dim() - spatial :])
+        kind = next(kind.__name__ for kind in LAYERS if isinstance(module, kind))
+        use = Use(name, module, *sizes)
+        self._covered.update(map(id, module.parameters()))
+        self._returned((module, *sizes), Place(name, kind, lambda: use.layer), y)
+
+    def __torch_function__(
+        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if next(_tensors([result]), None) is None:  # sizes and the like were asked for
+            return result
+        self._consumed((args, kwargs), (func, args, kwargs))
+        if func in FUNCTIONS and not self._inside:
+            self._call(func, dict(zip(FUNCTIONS[func], args, strict=False)) | kwargs, result)
+        return result
+
+    def _consumed(self, values: Any, call: tuple | None = None) -> None:
+        """By a call, or as what the model itself returns."""
+        for x in _tensors([values]):
+            if output := self._outputs.get(id(x)):
+                output.consumers.append(call)
+
+    def _call(self, func: Callable, arguments: dict[str, Any], y: Tensor) -> None:
+        """Of a function of its own, not within a module of PyTorch."""
+        x, weight = arguments["input"], arguments["weight"]
+        name = self._names.get(id(weight))
+        if name is None or weight.dim() < 2:  # computed from something, and fake
+            return
+        owner = self._owners.get(id(weight))
+        kind = type(owner).__name__ if owner else func.__name__
+        shapes = tuple(x.shape), tuple(y.shape)
+        options = {key: value for key, value in arguments.items() if key not in ("input", "weight", "bias")}
+        layer = partial(called_layer, weight, shapes[0], options, FUNCTIONS[func] is TRANSPOSED)
+        self._covered.add(id(weight))
+        self._returned((id(weight), *shapes, str(options)), Place(name.removesuffix(".weight"), kind, layer), y)
+
+    def _returned(self, key: tuple, place: Place, y: Tensor) -> None:
+        output = Output(y)
+        self._places.setdefault(key, place).outputs.append(output)
+        self._outputs[id(y)] = output
+
+    # --- afterwards --------------------------------------------------------------------------------------------------
+
+    def _batch_norm(self, place: Place, layer: Layer) -> BatchNorm | None:
+        """The one that takes everything that the layer returns, and takes it alone."""
+        found = {}
+        for output in place.outputs:
+            match output.consumers:
+                case [(F.batch_norm, args, kwargs)]:
+                    pass
+                case _:
+                    return None
+            bound = BATCH_NORM.bind(*args, **kwargs)
+            bound.apply_defaults()
+            given = bound.arguments
+            channels_second = output.tensor.dim() == len(layer.in_shape) + 2  # else it counts something else
+            if given["training"] or id(given["running_var"]) not in self._names or not channels_second:
+                return None
+            found[id(given["running_var"])] = given
+        if len(found) != 1:
+            return None
+        (given,) = found.values()
+        name = self._names[id(given["running_var"])].rpartition(".")[0]
+        return BatchNorm(name, multiplier(given["running_var"], given["weight"], given["eps"]))
+
+
+def _runs_as_pytorch(module: nn.Module) -> bool:
+    """Whether its ``forward`` is PyTorch's own, so that stride and padding say what it does."""
+    kind = next(kind for kind in LAYERS if isinstance(module, kind))
+    same = [getattr(type(module), name, None) is getattr(kind, name, None) for name in ("forward", "_conv_forward")]
+    return all(same) and "forward" not in vars(module)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """All of them, also in lists and dictionaries."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple, dict)):
+            yield from _tensors(value.values() if isinstance(value, dict) else value)

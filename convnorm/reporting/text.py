@@ -1,0 +1,126 @@
+"""Numbers and shapes as tables show them."""
+
+from __future__ import annotations
+
+import math
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
+
+from .row import Measured, Row, padding_text, sizes_text
+
+
+def number(value: float | None) -> str:
+    """Four digits.
+
+    >>> number(3.14159), number(0.000123456), number(98765.4), number(1.5e9), number(None)
+    ('3.142', '0.0001235', '98765', '1.500e+09', '')
+    """
+    if value is None:
+        return ""
+    return f"{value:.0f}" if 1e4 <= abs(value) < 1e6 else f"{value:#.4g}".removesuffix(".")
+
+
+def bracket(lower: float | None, upper: float | None) -> str:
+    """Both bounds, rounded outward to the digit in which they differ: at least two, at most six digits.
+
+    >>> bracket(3.2141, 3.2462), bracket(0.74851, 0.75601), bracket(2.0, 2.0), bracket(1234.56, 1246.9), bracket(0, 0)
+    ('3.21-3.25', '0.748-0.757', '2.00000', '1230-1250', '0')
+    >>> bracket(1.002e-9, 1.011e-9), bracket(1.0, math.inf), bracket(None, None)
+    ('1.002-1.011e-09', '1-inf', '')
+    """
+    if lower is None or upper is None:
+        return ""
+    if not math.isfinite(upper) or upper == 0:
+        return f"{lower:g}-{upper:g}" if upper else "0"
+    low, high = Decimal(lower), Decimal(upper)
+    leading = high.adjusted()
+    width = (high - low).adjusted() if high > low else leading - 5
+    unit = min(max(width, leading - 5), leading - 1)
+    shift = 0 if -4 <= leading < 6 else leading
+    step = Decimal((0, (1,), unit - shift))
+    ends = [
+        f"{bound.scaleb(-shift).quantize(step, rounding):f}"
+        for bound, rounding in ((low, ROUND_FLOOR), (high, ROUND_CEILING))
+    ]
+    return "-".join(dict.fromkeys(ends)) + (f"e{shift:+03d}" if shift else "")
+
+
+def l2_text(norms: Measured) -> str:
+    return bracket(norms.l2_lower, norms.l2_upper) + ("*" if norms.l2_stopped else "")
+
+
+def percent(share: float | None) -> str:
+    """
+    >>> percent(0.123), percent(-0.0004), percent(None)
+    ('12.3%', '-0.0%', '')
+    """
+    return "" if share is None else f"{100 * share:.1f}%"
+
+
+def geometry(row: Row) -> str:
+    """Stride, padding, dilation and groups where they are not the default: s2 p1 g32."""
+    return " ".join(f"{letter}{value}" for letter, value in _options(row, 1))
+
+
+def geometry_in_words(row: Row) -> str:
+    """stride 2, padding 1, groups 32"""
+    return ", ".join(f"{word} {value}" for word, value in _options(row, 0))
+
+
+def _options(row: Row, which: int) -> list[tuple[str, str]]:
+    shown = [
+        (("stride ", "s"), row.stride, 1),
+        (("padding ", "p"), row.padding, (0, 0)),
+        (("dilation ", "d"), row.dilation, 1),
+        (("output padding ", "o"), row.output_padding, 0),
+    ]
+    options = [
+        (names[which].strip(), _once(value)) for names, value, default in shown if any(v != default for v in value)
+    ]
+    if row.groups > 1:
+        options.append((("groups", "g")[which], str(row.groups)))
+    if row.padding_mode != "zeros":
+        options.append((("padding mode", "")[which], row.padding_mode))
+    if row.calls > 1:
+        options.append((("calls", "calls=")[which], str(row.calls)))
+    return options
+
+
+def _once(values: tuple) -> str:
+    """One for all axes where they are the same."""
+    values = values[:1] if len(set(values)) == 1 else values
+    return padding_text(values) if isinstance(values[0], tuple) else sizes_text(values)
+
+
+def power_of_ten(log10: float | None) -> str:
+    """
+    >>> power_of_ten(3.14159), power_of_ten(None)
+    ('10^3.14', '-')
+    """
+    return "-" if log10 is None else f"10^{log10:.2f}"
+
+
+def shortened(name: str, width: int) -> str:
+    """Without its middle, where it is too long.
+
+    >>> shortened("trunk_output.block4.block4-0.f.a.0", 20)
+    'trunk_out…k4-0.f.a.0'
+    """
+    if len(name) <= width:
+        return name
+    tail = width // 2
+    return f"{name[: width - tail - 1]}…{name[-tail:]}"
+
+
+def beside(name: str, other: str) -> str:
+    """``other`` without the modules that the two have in common, but with what a mere number counts.
+
+    >>> beside("layer1.0.downsample.0", "layer1.0.downsample.1"), beside("layer1.0.conv1", "layer1.0.bn1")
+    ('downsample.1', 'bn1')
+    """
+    first, second = name.split("."), other.split(".")
+    common = 0
+    while common < min(len(first), len(second)) - 1 and first[common] == second[common]:
+        common += 1
+    if common and second[common].isdigit():
+        common -= 1
+    return ".".join(second[common:])
