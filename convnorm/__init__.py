@@ -1,5 +1,6 @@
 """Exact operator norms of convolutional layers. ``import convnorm`` registers ``torch.ops.convnorm``."""
 
+from . import network as network
 from . import optim as optim
 from . import spectral as spectral
 from .backends import backends as backends
@@ -12,6 +13,9 @@ from .constrain import project_ as project_
 from .constrain import project_batch_norms_ as project_batch_norms_
 from .decay import NormDecay as NormDecay
 from .geometry import GeometryError as GeometryError
+from .network import certified_radius as certified_radius
+from .network import jacobian_norm as jacobian_norm
+from .network import lipschitz as lipschitz
 from .norms import Norms as Norms
 from .norms import norms as norms
 from .norms import subgradient as subgradient

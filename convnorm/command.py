@@ -29,6 +29,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     )
     one.add_argument("model", metavar="MODEL", help="see below")
     _add_options(one)
+    one.add_argument("--bounds", action="store_true", help="also certified Lipschitz constants of the whole network")
     one.add_argument("--html", metavar="FILE", help="write a self-contained page")
     one.set_defaults(run=run_report)
     several = commands.add_parser(
@@ -87,6 +88,7 @@ def measured(name: str, options: argparse.Namespace) -> Report:
             l2=not options.no_l2,
             rtol=options.rtol,
             batch_norm=not options.no_batch_norm,
+            bounds=getattr(options, "bounds", False),
             title=name.partition("=")[0],
             progress=progress,
         )

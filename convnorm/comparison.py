@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .report import ORDS, Report, finite, report, written
+from .report import Report, finite, report, written
+from .reporting.row import ORDS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,24 +7,23 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from .geometry import GeometryError
+from .reporting.bounds import LipschitzBound, lipschitz_bounds
 from .reporting.find import find, inputs_of
 from .reporting.measure import Progress, measure
-from .reporting.row import Row
+from .reporting.row import ORDS, Row
 from .sharded import refuse_sharded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
     from torch.export import ExportedProgram
-
-ORDS = {"l1": 1, "linf": math.inf, "l2": 2}
 
 
 def report(
@@ -34,6 +33,7 @@ def report(
     l2: bool = True,
     rtol: float = 1e-2,
     batch_norm: bool = True,
+    bounds: bool = False,
     title: str = "",
     progress: Progress | None = None,
 ) -> Report:
@@ -42,7 +42,8 @@ def report(
     ``example`` is an input of the model or its shape, batch included, or a tuple of them for several inputs; it runs on
     fake tensors, in evaluation mode. An exported program brings its own. ``l2=False`` leaves out what takes time: the
     brackets (to ``rtol``) and the norms of the reshaped weights. ``batch_norm=False`` leaves out the norms of layers
-    together with the batch norms that directly follow them. ``progress(done, total, layer)`` is called on the way.
+    together with the batch norms that directly follow them. ``bounds=True`` adds certified Lipschitz constants of the
+    whole network (``convnorm.lipschitz``), or what has none. ``progress(done, total, layer)`` is called on the way.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 10))
     >>> found = report(model, [1, 3, 8, 8])
@@ -75,6 +76,7 @@ def report(
         rtol=rtol if l2 else None,
         rows=tuple(measure(found, l2=l2, rtol=rtol, batch_norm=batch_norm, progress=progress)),
         unmeasured=tuple(others),
+        lipschitz=lipschitz_bounds(model, inputs, l2, rtol) if bounds else {},
     )
 
 
@@ -83,7 +85,8 @@ class Report:
     """The layers of a model and their norms.
 
     ``rtol`` is None where l2 was left out. ``unmeasured`` names the parameters that belong to no row and are no mere
-    vectors: of layers that did not run, of embeddings, of attention that calls no module.
+    vectors: of layers that did not run, of embeddings, of attention that calls no module. ``lipschitz`` has bounds of
+    the whole network, by norm, if they were asked for.
     """
 
     title: str
@@ -92,7 +95,7 @@ class Report:
     rtol: float | None
     rows: tuple[Row, ...]
     unmeasured: tuple[str, ...]
-    # bounds of the network as a whole would stand here, and in summary()
+    lipschitz: Mapping[str, LipschitzBound] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         names = [row.name for row in self.rows]
@@ -151,6 +154,7 @@ class Report:
                 for row, share in zip(self.rows, shares, strict=True)
             ],
             "unmeasured": self.unmeasured,
+            "lipschitz": {name: asdict(bound) for name, bound in self.lipschitz.items()},
         }
         return written(json.dumps(finite(content), indent=1, allow_nan=False) + "\n", path)
 
@@ -168,6 +172,7 @@ class Report:
                 rtol=content["rtol"],
                 rows=tuple(map(Row.from_dict, layers)),
                 unmeasured=tuple(content["unmeasured"]),
+                lipschitz={name: LipschitzBound(**bound) for name, bound in content["lipschitz"].items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             where = "text" if text is source else f"file {str(source)!r}"

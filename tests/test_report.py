@@ -753,3 +753,31 @@ def test_models_by_their_names_elsewhere(name):
     assert sum(row.folded is not None for row in found.rows) == 20
     with pytest.raises(ValueError, match=r"is no model of \w+; there is .*resnet18"):
         loading.load_model(f"{name}x")
+
+
+def test_bounds_are_those_of_the_network(found_with_bounds):
+    """Or what has none."""
+    model, found = found_with_bounds
+    for name, ord in {"l1": 1, "linf": math.inf, "l2": 2}.items():
+        bound = convnorm.lipschitz(model, [1, 3, 8, 8], ord=ord, rtol=0.1)
+        assert (found.lipschitz[name].upper, found.lipschitz[name].product) == (bound.upper, bound.product)
+    assert "Lipschitz constant at most: l1 " in str(found)
+    assert Report.from_json(found.to_json()) == found
+
+
+@pytest.fixture
+def found_with_bounds():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    return model, convnorm.report(model, [1, 3, 8, 8], bounds=True)
+
+
+def test_a_network_without_a_bound_says_what_has_none():
+    class Square(nn.Module):
+        def forward(self, x):
+            return x * x
+
+    found = convnorm.report(nn.Sequential(nn.Conv2d(3, 4, 3), Square()), [1, 3, 8, 8], bounds=True)
+    assert found.lipschitz["l1"].upper is None
+    assert "no Lipschitz bound: node 'mul'" in str(found)
+    assert Report.from_json(found.to_json()) == found

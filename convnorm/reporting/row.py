@@ -9,6 +9,8 @@ from typing import Any
 
 from .calls import Found
 
+ORDS = {"l1": 1, "linf": math.inf, "l2": 2}  # in the order of tables
+
 
 @dataclass(frozen=True)
 class Measured:

@@ -46,12 +46,29 @@ def summary(report: Report) -> list[str]:
         f"product of norms, batch norms included: {products}",
         f"share: of that product's logarithm, {'linf' if report.rtol is None else 'l2'}",
     ]
+    lines += lipschitz(report)
     stopped = {norms.l2_stopped for row in report.rows for norms in (row.norms, row.whole) if norms.l2_stopped}
     lines += [f"* wider than asked: {reason}" for reason in sorted(stopped)]
     if report.unmeasured:
         few = [*report.unmeasured[:3], *(["..."] if len(report.unmeasured) > 3 else [])]
         lines.append(f"not measured, {len(report.unmeasured)} parameters: {', '.join(few)}")
     return lines
+
+
+def lipschitz(report: Report) -> list[str]:
+    """The certified bounds of the network as a whole."""
+    known = {name: bound for name, bound in report.lipschitz.items() if not bound.refused}
+    if known:
+        texts = [
+            f"{name} {power_of_ten(log10(bound.upper))} (not composed {power_of_ten(log10(bound.product))})"
+            for name, bound in known.items()
+        ]
+        return [f"Lipschitz constant at most: {', '.join(texts)}"]
+    return [f"no Lipschitz bound: {bound.refused}" for bound in list(report.lipschitz.values())[:1]]
+
+
+def log10(value: float) -> float:
+    return math.log10(value) if value else -math.inf
 
 
 def fitted(

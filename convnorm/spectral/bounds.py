@@ -27,7 +27,7 @@ def frobenius(layer: nn.Module | Tensor | Layer, in_shape: Sequence[int] = (), *
     >>> frobenius(torch.ones(1, 1, 3), [4], padding=1)  # 2 + 3 + 3 + 2 entries are 1, Eq. (3) has 12
     tensor(3.1623, dtype=torch.float64)
     """
-    norms, absolute, slack, scale = _measured(admitted(layer, in_shape, options))
+    norms, absolute, slack, scale = measured(admitted(layer, in_shape, options))
     return upward(norms.frobenius + slack * absolute.frobenius.detach(), scale)
 
 
@@ -38,13 +38,13 @@ def sqrt_l1_linf(layer: nn.Module | Tensor | Layer, in_shape: Sequence[int] = ()
     >>> sqrt_l1_linf(torch.tensor([[[1.0, 0.0, -1.0]]]), [6], padding=1)  # 1.802
     tensor(2.0000, dtype=torch.float64)
     """
-    norms, absolute, slack, scale = _measured(admitted(layer, in_shape, options))
+    norms, absolute, slack, scale = measured(admitted(layer, in_shape, options))
     l1, linf = norms.l1 + slack * absolute.l1.detach(), norms.linf + slack * absolute.linf.detach()
     zero = l1 == 0  # where sqrt has no gradient
     return upward((l1.masked_fill(zero, 1).sqrt() * linf.masked_fill(zero, 1).sqrt()).masked_fill(zero, 0), scale)
 
 
-def _measured(layer: Layer) -> tuple[Norms, Norms, float, float]:
+def measured(layer: Layer) -> tuple[Norms, Norms, float, float]:
     """The norms in float64 with the scale taken out, those of absolute weights, and by how much of the latter the
     former may be off: sums of at most so many terms. The two differ where padding merges taps, which may cancel.
     """

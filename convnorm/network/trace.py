@@ -1,0 +1,319 @@
+"""A model as steps: its graph by ``torch.export``, and each node by the rule of its operation.
+
+Nothing is computed but what does not depend on the input, such as a parametrized weight.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_iter, tree_map
+
+from ..geometry import GeometryError
+from ..layers import Watch
+from . import activations, linear, moves, nonlinear  # noqa: F401  their rules
+from .calls import RULES, Call, Refused
+from .steps import Input, Joint, Step
+
+CREATING = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")  # by their input's shape alone
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The steps of a model in the order of their use, and those that are its outputs. ``assumed`` are the names of
+    nodes and modules whose constants were given.
+    """
+
+    steps: list[Step]
+    outputs: list[Step]
+    assumed: tuple[str, ...] = ()
+
+
+def trace(
+    model: nn.Module | torch.export.ExportedProgram,
+    *inputs: Tensor | Sequence[int],
+    assume: Mapping[str, float] | None = None,
+) -> Traced:
+    """The steps of a model in evaluation mode, for inputs or their shapes, batch axis included.
+
+    ``assume`` gives Lipschitz constants for nodes, or for modules whole, by name. A model that is already exported
+    takes no inputs.
+
+    >>> traced = trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), [1, 3, 8, 8])
+    >>> [(step.operation, step.shape) for step in traced.steps]
+    [('input', (3, 8, 8)), ('conv2d', (4, 6, 6)), ('relu', (4, 6, 6))]
+    """
+    program = model if isinstance(model, torch.export.ExportedProgram) else exported(model, *inputs)
+    with torch.no_grad():
+        return Walk(program, dict(assume or {})).traced()
+
+
+def exported(model: nn.Module, *inputs: Tensor | Sequence[int]) -> torch.export.ExportedProgram:
+    """The model's graph in evaluation mode; its training flags are as before."""
+    held = chain(model.parameters(), model.buffers())
+    like = next((tensor for tensor in held if tensor.is_floating_point()), torch.empty(0))
+    shaped = [
+        x if isinstance(x, Tensor) else torch.zeros((), dtype=like.dtype, device=like.device).expand(tuple(x))
+        for x in inputs
+    ]
+    training = [module for module in model.modules() if module.training]
+    watch = Watch(model)
+    try:
+        model.eval()
+        return torch.export.export(model, tuple(shaped), strict=False)
+    except Exception as error:  # of what torch.export refuses there are many kinds
+        shapes = ", ".join(str(list(x.shape)) for x in shaped)
+        where = f", in or after layer {watch.running!r}" if watch.running else ""
+        why = next((line.strip() for line in str(error).splitlines() if line.strip()), "") or type(error).__name__
+        raise GeometryError(
+            f"convnorm: model {type(model).__name__} cannot be exported for an input of {shapes}{where}: {why}"
+        ) from error
+    finally:
+        watch.close()
+        for module in training:
+            module.training = True
+
+
+@dataclass
+class Storage:
+    """What a tensor and its views share; ``version`` counts what is written into it."""
+
+    version: int = 0
+
+
+@dataclass
+class Value:
+    """What a node has made: a step, or a constant, or a tuple of them, and of which version of its storage it is."""
+
+    content: Any
+    storage: Storage = field(default_factory=Storage)
+    version: int = 0
+
+
+class Walk:
+    """Through the nodes of a graph."""
+
+    def __init__(self, program: torch.export.ExportedProgram, assume: dict[str, float]) -> None:
+        self.graph = program.graph
+        self.program = program
+        self.assume = assume
+        self.values: dict[fx.Node, Value] = {}
+        self.steps: list[Step] = []
+        self.used: set[str] = set()
+        self.batch: int | None = None
+        self.entered: dict[tuple[str | None, fx.Node], Any] = {}  # what regions read, before they overwrite it
+        for name, constant in assume.items():
+            if not constant >= 0:
+                raise GeometryError(f"convnorm: assume {name!r} {constant} must be a number of at least 0")
+        self.regions = {node: name for node in self.graph.nodes if (name := self.region_of(node))}
+
+    def region_of(self, node: fx.Node) -> str | None:
+        """The outermost module, or the node itself, that a constant was given for."""
+        if node.op != "call_function":
+            return None
+        paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+        return next((name for name in (*paths, node.name) if name in self.assume), None)
+
+    def traced(self) -> Traced:
+        inputs = iter(self.inputs())
+        needed = self.needed()
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                content = next(inputs)
+                self.values[node] = Value(content)
+                if isinstance(content, Step):
+                    self.add(node, content, "input")
+            elif node.op == "get_attr":
+                self.values[node] = Value(getattr(self.program.graph_module, node.target))
+            elif node.op == "call_function" and node in needed:
+                self.call(node)
+        if unused := [name for name in self.assume if name not in self.used]:
+            raise GeometryError(
+                f"convnorm: assume {unused[0]!r} names no node and no module that the output depends on"
+            )
+        (output,) = (node for node in self.graph.nodes if node.op == "output")
+        contents = [self.read(node) for node in tree_iter(output.args) if isinstance(node, fx.Node)]
+        return Traced(self.steps, [c for c in contents if isinstance(c, Step)], tuple(self.assume))
+
+    def inputs(self) -> Iterator[Any]:
+        """What each placeholder stands for: a parameter, a buffer, a constant, or one of the network's inputs."""
+        stored = {**self.program.state_dict, **self.program.constants}
+        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
+        for node, spec in zip(placeholders, self.program.graph_signature.input_specs, strict=True):
+            if spec.target is not None:
+                yield stored[spec.target]
+                continue
+            meta = node.meta.get("val")
+            if not isinstance(meta, Tensor):
+                yield meta
+                continue
+            self.batch = meta.shape[0] if self.batch is None and meta.dim() else self.batch
+            if not meta.dim() or meta.shape[0] != self.batch:
+                raise GeometryError(
+                    f"convnorm: input {node.name!r} of {list(meta.shape)} has no batch axis as others do"
+                )
+            if not all(isinstance(n, int) for n in meta.shape):
+                raise GeometryError(
+                    f"convnorm: input {node.name!r} of {list(meta.shape)} was exported with dynamic sizes"
+                )
+            yield Input(tuple(meta.shape[1:]))
+
+    def needed(self) -> set[fx.Node]:
+        """The nodes that the output depends on, and those that write."""
+        needed: set[fx.Node] = set()
+        for node in reversed(self.graph.nodes):
+            if node.op == "output" or node in needed or _writes(node):
+                needed.update(node.all_input_nodes, [node])
+        return needed
+
+    def read(self, node: fx.Node) -> Any:
+        value = self.values[node]
+        if value.version != value.storage.version:
+            raise GeometryError(f"convnorm: node {node.name!r} was overwritten in place before it is used")
+        return value.content
+
+    def call(self, node: fx.Node) -> None:
+        try:
+            self.values[node] = self.value_of(node)
+        except Refused as refused:
+            raise GeometryError(
+                f"convnorm: {_described(node)} {refused}; assume={{{node.name!r}: ...}} gives it a constant"
+            ) from None
+        except GeometryError as error:
+            raise GeometryError(f"convnorm: {_described(node)}: {str(error).removeprefix('convnorm: ')}") from error
+
+    def value_of(self, node: fx.Node) -> Value:
+        if node in self.regions:
+            content, storage = self.assumed(node, self.regions[node]), self.storage_of(node)
+            storage.version += _writes(node)
+            return Value(content, storage, storage.version)
+        contents = tree_map(lambda x: self.read(x) if isinstance(x, fx.Node) else x, (node.args, node.kwargs))
+        if node.target is operator.getitem:
+            (many, index), _ = contents
+            return replace(self.values[node.args[0]], content=many[index])
+        if not any(isinstance(one, Step) for one in tree_iter(contents)):
+            return self.constant(node, *contents)
+        if _operation(node) in CREATING:
+            filled = tree_map(lambda x: torch.zeros(()).expand(1, *x.shape) if isinstance(x, Step) else x, contents)
+            return self.constant(node, *filled)
+        content = self.by_rule(node, *contents)
+        for step in content if isinstance(content, tuple) else [content]:
+            if step is not None and not step.name:
+                self.add(node, step, _operation(node))
+        storage = self.storage_of(node)
+        storage.version += _writes(node)
+        return Value(content, storage, storage.version)
+
+    def by_rule(self, node: fx.Node, args: tuple, kwargs: dict[str, Any]) -> Step | tuple[Step | None, ...]:
+        target = node.target
+        operation = _operation(node)
+        if not isinstance(target, torch._ops.OpOverload) or operation not in RULES:
+            raise Refused("has no known Lipschitz constant")
+        schema = target._schema.arguments
+        given = dict(zip((a.name for a in schema), args, strict=False)) | kwargs
+        arguments = {
+            a.name: given.get(a.name, a.default_value) for a in schema if a.name in given or a.has_default_value()
+        }
+        if target._schema.is_mutable and not schema[0].alias_info.is_write:
+            raise Refused("writes into what is not its first argument")
+        call = Call(operation, target, arguments, node.meta["val"])
+        made = RULES[operation](call)
+        for meta, step in zip(
+            node.meta["val"] if isinstance(made, tuple) else [node.meta["val"]],
+            made if isinstance(made, tuple) else [made],
+            strict=True,
+        ):
+            if step is not None:
+                self.refuse(meta)
+        return made
+
+    def refuse(self, meta: Any) -> None:
+        """Outputs that are no batch of real numbers."""
+        if not isinstance(meta, Tensor) or not meta.dim() or meta.shape[0] != self.batch:
+            raise Refused(f"mixes the batch axis: {list(meta.shape)} for a batch of {self.batch}")
+        if not meta.dtype.is_floating_point:
+            raise Refused(f"rounds to {meta.dtype}")
+
+    def storage_of(self, node: fx.Node) -> Storage:
+        """That of the first input, where the output may be a view of it."""
+        views = node.target is operator.getitem or "dropout" in _operation(node)
+        if isinstance(node.target, torch._ops.OpOverload):
+            views = views or any(r.alias_info is not None for r in node.target._schema.returns)
+        return self.values[node.args[0]].storage if views and isinstance(node.args[0], fx.Node) else Storage()
+
+    def constant(self, node: fx.Node, args: tuple, kwargs: dict[str, Any]) -> Value:
+        target = node.target
+        if isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags:
+            raise GeometryError("convnorm: draws random numbers")
+        if not isinstance(target, torch._ops.OpOverload):
+            return Value(target(*args, **kwargs))
+        storage = self.storage_of(node)
+        if _writes(node):
+            args = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, args)
+            storage.version += 1
+        return Value(target(*args, **kwargs), storage, storage.version)
+
+    def assumed(self, node: fx.Node, name: str) -> Step | None:
+        """A node's output as that of its whole region, from all that enters there; none for what does not leave it."""
+        inside = {other for other, own in self.regions.items() if own == name}
+        if name != node.name:  # one call of a module that may be called again
+            inside = {other for other in inside if _key(other, name) == _key(node, name)}
+        outside = dict.fromkeys(n for other in self.graph.nodes if other in inside for n in other.all_input_nodes
+                                if n not in inside)  # fmt: skip
+        region = (name, _key(node, name))
+        for other in outside:
+            if other in self.values and (region, other) not in self.entered:
+                self.entered[region, other] = self.read(other)
+        entering = tuple(c for n in outside if isinstance(c := self.entered.get((region, n)), Step))
+        if not entering or all(user in inside for user in node.users):
+            return None
+        self.used.add(name)
+        shapes = node.meta["val"]
+        for one in tree_iter(shapes):
+            self.refuse(one)
+        joint = [Joint(tuple(one.shape[1:]), entering, factor=float(self.assume[name]), how="assumed")
+                 for one in tree_iter(shapes)]  # fmt: skip
+        for step in joint:
+            self.add(node, step, "assumed")
+        return joint[0] if isinstance(shapes, Tensor) else tuple(joint)
+
+    def add(self, node: fx.Node, step: Step, operation: str) -> None:
+        """Joins a step, and those that the rule made for its inputs, to the others."""
+        for source in step.inputs:
+            if not source.name:
+                self.add(node, source, operation)
+        step.name, step.module, step.operation = node.name, _module(node), operation
+        self.steps.append(step)
+
+
+def _operation(node: fx.Node) -> str:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return getattr(target, "__name__", str(target))
+    name = target._schema.name.removeprefix("aten::")
+    return name.rstrip("_") if target._schema.is_mutable else name
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _key(node: fx.Node, path: str) -> str | None:
+    stack = node.meta.get("nn_module_stack") or {}
+    return next((key for key, (own, _) in stack.items() if own == path), None)
+
+
+def _module(node: fx.Node) -> str:
+    """The innermost module that the node belongs to."""
+    return next((path for path, _ in reversed((node.meta.get("nn_module_stack") or {}).values())), "")
+
+
+def _described(node: fx.Node) -> str:
+    module = _module(node)
+    return f"node {node.name!r} ({_operation(node)}{f' in module {module!r}' if module else ''})"

@@ -1,0 +1,40 @@
+"""What is known of the Lipschitz constant of a network as a whole, for its report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .. import network
+from ..geometry import GeometryError
+from .row import ORDS
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+ROUGH = 0.1  # how near each l2 norm in a bound is sought: the bound of a deep network is loose by far more
+
+
+@dataclass(frozen=True)
+class LipschitzBound:
+    """Certified; ``product`` without composing linear operations. Both None where ``refused`` says why."""
+
+    upper: float | None
+    product: float | None
+    refused: str = ""
+
+
+def lipschitz_bounds(
+    model: nn.Module | ExportedProgram, inputs: Sequence[Any], l2: bool, rtol: float
+) -> dict[str, LipschitzBound]:
+    """By norm; one node that has no known constant leaves all of them unknown."""
+    ords = {name: ord for name, ord in ORDS.items() if l2 or ord != 2}
+    try:
+        traced = network.trace(model, *inputs)
+        found = {name: network.lipschitz(traced, ord=ord, rtol=max(rtol, ROUGH)) for name, ord in ords.items()}
+    except GeometryError as error:
+        return dict.fromkeys(ords, LipschitzBound(None, None, str(error).removeprefix("convnorm: ")))
+    return {name: LipschitzBound(bound.upper, bound.product) for name, bound in found.items()}
