@@ -18,7 +18,7 @@ benchmark: $(VENV)/ready  ## against the bare read of the weights; results go to
 $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q setuptools wheel "$(TORCH)"
-	$(BIN)/pip install -q --no-build-isolation -e ".[test,benchmark,train,ray,examples,lint]"
+	$(BIN)/pip install -q --no-build-isolation -e ".[test,report,benchmark,train,ray,examples,lint]"
 	touch $@
 
 lint: $(VENV)/ready  ## formatting and lint, with pinned tools

@@ -1,39 +1,52 @@
-"""The promise: every example runs as it stands, without anything to download, and shows what its first line says."""
+"""The promise: every example runs as it stands, without anything to download, and shows what its first line says.
+
+What a picture claims, its script asserts before it draws it.
+"""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 import convnorm
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+GALLERY = ("windows", "reshaping", "input_sizes", "worst_input", "norm_decay")
 NEEDS = {
     "plain_loop": (),
     "lightning_callback": ("lightning",),
     "transformers_callback": ("transformers", "accelerate"),
+    **dict.fromkeys(GALLERY, ("matplotlib",)),
 }
 
 
 pytestmark = pytest.mark.skipif(not EXAMPLES.exists(), reason="away from the source tree there are no examples")
 
 
-def run(name, folder):
+def run(name, folder, *arguments, writes=()):
     for package in NEEDS[name]:
         pytest.importorskip(package)
     paths = [str(Path(convnorm.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    line = [sys.executable, str(EXAMPLES / f"{name}.py")]
+    line = [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments]
     done = subprocess.run(line, cwd=folder, env=os.environ | offline, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert not list(folder.iterdir())
+    assert [file.name for file in folder.iterdir()] == list(writes)
     return done.stdout
 
 
 def test_every_example_is_run():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(NEEDS)
+
+
+def test_readme_lists_every_example():
+    listed = re.findall(r"^\| \[`(\w+)\.py`\]\(\1\.py\) \|", (EXAMPLES / "README.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(NEEDS)
 
 
 def test_plain_loop(tmp_path):
@@ -52,3 +65,23 @@ def test_callback(name, tmp_path):
     decayed = [float(runs["with"][layer]) / float(runs["without"][layer]) for layer in runs["without"]]
     assert max(decayed) < 1
     assert min(decayed) < 0.75
+
+
+@pytest.mark.parametrize("name", GALLERY)
+def test_picture_is_drawn(name, tmp_path):
+    run(name, tmp_path, writes=[f"{name}.png"])
+    picture = pytest.importorskip("matplotlib.image").imread(tmp_path / f"{name}.png")[..., :3]
+    height, width, _ = picture.shape
+    assert width >= 1000
+    assert height >= 400
+    coloured = np.ptp(picture, axis=-1) > 0.2  # what is drawn; axes, ticks and titles are black and grey
+    assert all(part.mean() > 0.005 for part in np.array_split(coloured, 3, axis=1))
+
+
+@pytest.mark.parametrize("name", GALLERY)
+def test_picture_is_drawn_where_and_as_asked(name, tmp_path):
+    run(name, tmp_path, "asked.svg", writes=["asked.svg"])
+    text = (tmp_path / "asked.svg").read_text()
+    assert ElementTree.fromstring(text).tag == "{http://www.w3.org/2000/svg}svg"
+    coloured = [rgb for rgb in re.findall("#([0-9a-f]{6})", text) if len({rgb[:2], rgb[2:4], rgb[4:]}) > 1]
+    assert coloured or "<image" in text
