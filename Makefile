@@ -4,7 +4,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint wheel test-wheel sanitize benchmark gpu clean
+.PHONY: demo test docs lint wheel test-wheel sanitize benchmark gpu clean
 
 demo: $(VENV)/ready  ## the paper's Table 1, measured here in about a minute
 	$(BIN)/python -m pytest --benchmark --quick -q -k table1
@@ -12,13 +12,16 @@ demo: $(VENV)/ready  ## the paper's Table 1, measured here in about a minute
 test: $(VENV)/ready  ## all tests, on every backend that can run here
 	CONVNORM_REQUIRE_NATIVE=1 $(BIN)/python -m pytest
 
+docs: $(VENV)/ready  ## the documentation, to build/docs, without a network; every link in it is checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 benchmark: $(VENV)/ready  ## against the bare read of the weights; results go to benchmarks/results
 	$(BIN)/python -m pytest --benchmark
 
 $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q setuptools wheel "$(TORCH)"
-	$(BIN)/pip install -q --no-build-isolation -e ".[test,report,benchmark,train,ray,examples,lint]"
+	$(BIN)/pip install -q --no-build-isolation -e ".[test,report,benchmark,train,ray,examples,docs,lint]"
 	touch $@
 
 lint: $(VENV)/ready  ## formatting and lint, with pinned tools
