@@ -335,7 +335,7 @@ def test_a_failed_download_is_told_with_the_files_that_are_missing(on_disk, torc
 def test_without_torchvision_the_error_says_what_to_install(on_disk):
     text = refused(on_disk, FileNotFoundError)
     assert f"nor in a folder {on_disk.source.binary!r} or {on_disk.source.python!r}" in text
-    assert text.endswith('(pip install torchvision)')
+    assert text.endswith("(pip install torchvision)")
 
 
 def test_a_directory_that_cannot_be_made_is_told(ten, torchvision, tmp_path):
