@@ -185,17 +185,17 @@ def _options_of(module: nn.Module) -> dict[str, Any]:
     options = {name: getattr(module, name) for name in ("stride", "dilation", "groups", "padding_mode")}
     if isinstance(module, TRANSPOSED):
         return options | {"padding": module.padding, "output_padding": module.output_padding, "transposed": True}
-    return options | {"padding": _padding_of(module)}
+    return options | {"padding": in_numbers(module.padding, module.kernel_size, module.dilation)}
 
 
-def _padding_of(module: nn.Module) -> tuple[int, ...]:
+def in_numbers(padding: str | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]) -> Sequence[int]:
     """(before, after) for each axis where the padding is ``"same"``, which puts the odd one behind."""
-    if module.padding == "valid":
-        return (0,) * len(module.kernel_size)
-    if module.padding == "same":
-        totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    if padding == "valid":
+        return (0,) * len(kernel)
+    if padding == "same":
+        totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         return tuple(p for total in totals for p in (total // 2, total - total // 2))
-    return module.padding
+    return padding
 
 
 @dataclass(frozen=True)

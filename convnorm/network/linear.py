@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import fold
-from ..layers import Layer
+from ..layers import Layer, in_numbers
 from ..spectral.outward import EPS
 from .calls import Call, Refused, rule
 from .merge import compose, scale_of
@@ -36,11 +36,12 @@ def convolution(call: Call) -> Linear:
     if len(source.shape) != axes + 1:
         raise Refused("has an input without a batch axis")
     dilation = call.per_axis("dilation", axes)
+    padding = in_numbers(given["padding"], weight.shape[2:], dilation)
     transposed = given.get("transposed", "transpose" in call.operation)
     layer = Layer(
         weight,
         stride=tuple(call.per_axis("stride", axes)),
-        padding=_padding(given["padding"], weight, dilation),
+        padding=tuple(padding) * axes if len(padding) == 1 else tuple(padding),
         in_shape=tuple(source.shape[1:]),
         dilation=tuple(dilation),
         groups=given["groups"],
@@ -49,17 +50,6 @@ def convolution(call: Call) -> Linear:
         output_padding=tuple(call.per_axis("output_padding", axes)) if transposed else (0,) * axes,
     )
     return linear(call, source, LayerOperator(layer, source.shape, 1, tuple(range(2, 2 + axes))))
-
-
-def _padding(padding: str | list[int], weight: Tensor, dilation: list[int]) -> tuple[int, ...]:
-    """The odd one behind, where it is "same"."""
-    axes = len(dilation)
-    if padding == "valid":
-        return (0,) * axes
-    if padding == "same":
-        totals = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-        return tuple(p for total in totals for p in (total // 2, total - total // 2))
-    return tuple(padding) * axes if len(padding) == 1 else tuple(padding)
 
 
 def along(weight: Tensor, in_shape: Shape, channel: int) -> LayerOperator:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..layers import Layer, as_layer
+from ..layers import Layer, as_layer, in_numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,19 +43,11 @@ def called_layer(weight: Tensor, x_shape: Sequence[int], arguments: Mapping[str,
     names = ("stride", "padding", "dilation", "groups", *(["output_padding"] if transposed else []))
     options = {name: arguments[name] for name in names if name in arguments}
     if isinstance(options.get("padding"), str):
-        options["padding"] = _ends(options["padding"], weight.shape[2:], options.get("dilation", 1))
+        dilation = options.get("dilation", 1)
+        spread = [dilation] if isinstance(dilation, int) else list(dilation)
+        spread = spread * n_axes if len(spread) == 1 else spread
+        options["padding"] = in_numbers(options["padding"], weight.shape[2:], spread)
     return as_layer(weight, x_shape[len(x_shape) - n_axes :], transposed=transposed, **options)
-
-
-def _ends(padding: str, kernel: Sequence[int], dilation: int | Sequence[int]) -> int | list[int]:
-    """(before, after) for each axis of ``"same"``, which puts the odd one behind."""
-    if padding == "valid":
-        return 0
-    spread = [dilation] * len(kernel) if isinstance(dilation, int) else dilation
-    if len(spread) == 1:
-        spread = [*spread] * len(kernel)
-    totals = [d * (k - 1) for d, k in zip(spread, kernel, strict=True)]
-    return [p for total in totals for p in (total // 2, total - total // 2)]
 
 
 def multiplier(running_var: Tensor, weight: Tensor | None, eps: float) -> Tensor:
