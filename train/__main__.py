@@ -155,7 +155,7 @@ def run_all(options: argparse.Namespace) -> int:
         if not only(cells, options):
             raise ValueError(f"--only {' '.join(options.only)} is none of the cells, such as {cells[0].name}")
         missing = only(rows.missing(out, cells, how), options)
-        failed = fill(missing, cells, Work(how, out, directory, options.device, options.threads or 1), options)
+        failed = fill(missing, Work(how, out, directory, options.device, options.threads or 1), options)
     print(PAGES[options.experiment](rows.read(out), out))
     return 1 if failed else 0
 
@@ -173,7 +173,7 @@ def run_widths(options: argparse.Namespace) -> int:
     how = chosen(options, "figure2", data)
     for part, folder, cells in widths.parts(how, out):
         missing = only(rows.missing(folder, cells, part), options)
-        failed += fill(missing, cells, Work(part, folder, directory, options.device, options.threads or 1), options)
+        failed += fill(missing, Work(part, folder, directory, options.device, options.threads or 1), options)
         for cell in cells:
             place = widths.evaluation(folder, cell)
             if rows.path(folder, cell).exists() and not (place / "evaluation.json").exists():
@@ -195,15 +195,15 @@ def only(cells: Sequence[Cell], options: argparse.Namespace) -> list[Cell]:
     return [cell for cell in cells if any(fnmatchcase(cell.name, pattern) for pattern in options.only)]
 
 
-def fill(missing: Sequence[Cell], cells: Sequence[Cell], work: Work, options: argparse.Namespace) -> int:
-    """Trains the missing cells; how many of them failed."""
+def fill(missing: Sequence[Cell], work: Work, options: argparse.Namespace) -> int:
+    """Trains them; how many failed."""
     if not missing:
         return 0
     if "LOCAL_RANK" in os.environ:
         raise ValueError("torchrun is for one network: python -m train run; cells are spread by --engine and --jobs")
     jobs = options.jobs or work.places()
     waiting, failed = list(missing), 0
-    board = Board(len(cells), done=len(cells) - len(missing))
+    board = Board(len(missing))
     with board.shown():
         for ended in ENGINES[options.engine](missing, work, min(jobs, len(missing))):
             if ended is None:

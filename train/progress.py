@@ -14,17 +14,17 @@ from .rows import Row
 
 
 class Board:
-    def __init__(self, cells: int, done: int = 0, quiet: bool = False) -> None:
+    def __init__(self, cells: int, quiet: bool = False) -> None:
         try:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         except ImportError:
             raise ImportError('progress bars need rich: pip install "convnorm[train]"') from None
         self.console = Console(stderr=True, quiet=quiet)
-        columns = ["[progress.description]{task.description}", BarColumn(None), "{task.percentage:>3.0f} %"]
+        columns = ["{task.description}", BarColumn(None), "{task.percentage:>3.0f} %"]
         columns += [TimeElapsedColumn(), "left", TimeRemainingColumn(), TextColumn("{task.fields[news]}")]
         self.bars = Progress(*columns, console=self.console, expand=True, disable=not self.console.is_terminal)
-        self.all = self.bars.add_task(f"{cells} cells", total=cells, completed=done, news="") if cells > 1 else None
+        self.all = self.bars.add_task(f"{cells} cells", total=cells, news="") if cells > 1 else None
         self.tasks: dict[str, Any] = {}
 
     @contextmanager
