@@ -207,7 +207,7 @@ def board(monkeypatch):
 def test_the_board_of_a_terminal_shows_bars(board, work, monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("NO_COLOR", "1")
-    board = board(68, done=17)
+    board = board(4)
     with board.shown():
         news = {"stage": "training", "part": 0.5, "loss": 1.2345, "accuracy": 0.5}
         engines.write_news(engines.news_file(work.out, CELLS[0]), news)
@@ -220,11 +220,12 @@ def test_the_board_of_a_terminal_shows_bars(board, work, monkeypatch, capsys):
         board.ended(CELLS[0], "lost")
         board.bars.refresh()
         last = capsys.readouterr().err
-    for text in ("68 cells", " 25 %", "vgg11-plain-seed0", " 50 %", "loss 1.23, accuracy 0.5"):
+    for text in ("4 cells", "  0 %", "vgg11-plain-seed0", " 50 %", "loss 1.23, accuracy 0.5"):
         assert text in shown
     assert "attack" in later
     assert "vgg11-plain-seed0: lost" in last
-    assert " 26 %" in last
+    assert " 25 %" in last
+    assert "[progress" not in shown + later + last
     assert CELLS[1].name not in shown + later + last
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -37,4 +38,6 @@ def lipschitz_bounds(
         found = {name: network.lipschitz(traced, ord=ord, rtol=max(rtol, ROUGH)) for name, ord in ords.items()}
     except GeometryError as error:
         return dict.fromkeys(ords, LipschitzBound(None, None, str(error).removeprefix("convnorm: ")))
+    finally:
+        gc.collect()  # an exported program refers to itself, and so would keep the weights
     return {name: LipschitzBound(bound.upper, bound.product) for name, bound in found.items()}
