@@ -460,8 +460,8 @@ def test_rounded_products_stay_below_the_bound(entries, seed, monkeypatch):
     for a, b, v in rng.uniform(0.1, 1, (200, 3)).tolist():
         first, second = nn.Linear(1, 3, dtype=torch.float64), nn.Linear(3, 1, dtype=torch.float64)
         with torch.no_grad():
-            first.weight.copy_(torch.tensor([[v], [v], [v]]))
-            second.weight.copy_(torch.tensor([[a, b, -(a + b)]]))
+            first.weight.copy_(torch.tensor([[v], [v], [v]], dtype=torch.float64))
+            second.weight.copy_(torch.tensor([[a, b, -(a + b)]], dtype=torch.float64))
         exact = abs(sum(Fraction(x) * Fraction(v) for x in second.weight[0].tolist()))
         composed = compose(*(LayerOperator(as_layer(one.weight), (n,), 1, ()) for one, n in ((second, 3), (first, 1))))
         for ord in ORDS:

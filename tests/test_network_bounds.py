@@ -140,11 +140,25 @@ def network_of(seed, number):
     return random_network(rng)
 
 
+def differentiable(network, x):
+    """Autograd refuses networks that overwrite what it needs."""
+    x = x.clone().requires_grad_()
+    try:
+        torch.autograd.grad(network(x).sum(), x)
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        return False
+    return True
+
+
 def attack(network, shape, ord, steps=12):
     """The largest difference quotient: of random pairs, near and far; climbed; of Jacobians, which are its limit."""
     torch.manual_seed(0)
     x = torch.randn(12, *shape, dtype=torch.float64) * torch.logspace(-1, 1, 12, dtype=torch.float64).view(-1, 1, 1, 1)
     best = max(quotients(network, x, x + scale * torch.randn_like(x), ord).max().item() for scale in (1e-3, 0.1, 3.0))
+    if not differentiable(network, x):
+        return best
     y = x + 0.3 * torch.randn_like(x)
     for _ in range(steps):
         x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
