@@ -23,8 +23,9 @@ from . import rows
 from .attacks import RELEASED, STANDARD, autoattack
 from .data import Data, directory_of, inputs, load
 from .evaluation_page import render
+from .made import made_by
 from .measures import STEPS, Spectrum, ascend, confidences, local_lipschitz, margins, robust_and_stable, spectrum
-from .run import AT_ONCE, made_by, network, norms_of
+from .run import AT_ONCE, network, norms_of
 
 ATTACKS = {"standard": STANDARD, "released": RELEASED, "pgd": ("pgd",)}
 RANKS = 201  # of a layer's singular values, evenly from the largest to the smallest, that are kept
