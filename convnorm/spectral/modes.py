@@ -27,7 +27,7 @@ from torch import Tensor
 from .circle import Arc, Circle, half_grid, symbol
 from .definite import is_below, unit_roundoff
 
-MODES = (256, 1024, 4096)  # real ones, tried one after another
+MODES = (256, 1024, 2048, 3072, 4096)  # real ones, tried one after another
 LEAST = 0.02  # of the largest singular value: modes below it stay in the rest, so that all vectors are well determined
 CHUNK = 1 << 26  # bytes of symbols at a time
 BISECTIONS = 5
