@@ -25,7 +25,7 @@ from ..layers import Layer
 from .rayleigh import without_scale
 
 MEMORY = 1 << 30  # bytes of vectors
-LOOK_EVERY = 3  # steps
+LOOK_EVERY = 2  # steps
 ORDER = 3  # the error is taken to fall as this power of the steps: it is then steps / ORDER times what a step adds
 STARTS = 2  # of the probable bound, which fails only if all of them do: each may fail too often for rounding to matter
 ROUNDING = 1e-12  # of a vector's component, over a whole process in float64
@@ -120,14 +120,10 @@ class Lanczos:
         return torch.linalg.eigh(projected + torch.diag(beside, 1) + torch.diag(beside, -1))
 
     def right(self) -> Tensor:
-        """The input whose image is the longest found."""
-        return self.rights(1)[0]
-
-    def rights(self, count: int) -> list[Tensor]:
-        """The inputs of so many of the largest singular values found, each ``[1, channels, *in_shape]``."""
+        """[1, channels, *in_shape]: the input whose image is the longest found."""
         basis = self._basis[: self.steps]
-        sides = [(vector @ basis).view(self._shape).movedim(-1, 1) for vector in self._ritz()[1].to(basis).mT[-count:]]
-        return [side if self._on_inputs else self._there(side) for side in reversed(sides)]
+        side = (self._ritz()[1][:, -1].to(basis) @ basis).view(self._shape).movedim(-1, 1)
+        return side if self._on_inputs else self._there(side)
 
     def upper(self, failure: float) -> float:
         """At least the largest squared singular value, but with this probability, given a random start."""

@@ -22,10 +22,8 @@ from .krylov import Lanczos, in_precision
 from .rayleigh import Singular, rayleigh
 
 SMALLEST = 16  # inputs that an axis is left with, and so many times its kernel: on fewer, other waves may win
-SPANS = 5
-WAVES = 3  # the largest few, since their order may change with the size
-FADING = 0.7
-NOISE = 0.1  # keeps the start from being blind to any other
+SPANS = 3
+NOISE = 0.1  # keeps the start from being blind to other waves
 
 
 def lanczos(
@@ -72,24 +70,21 @@ def _halved(layer: Layer) -> Layer | None:
 
 
 def widened(process: Lanczos, layer: Layer) -> Tensor:
-    """[1, channels, *in_shape]: the waves that a search on smaller inputs found, as wide as the layer's."""
+    """[1, channels, *in_shape]: the wave that a search on smaller inputs found, as wide as the layer's."""
     weight = layer.weight
+    right = process.right()
+    axes = tuple(range(2, right.dim()))
+    spectrum = torch.fft.rfftn(right, s=[2 * n for n in layer.in_shape], dim=axes)
+    energy = spectrum.abs().square().sum((0, 1))
+    place = torch.unravel_index(energy.argmax(), energy.shape)
+    wave = spectrum[(..., *place)]
+    for at, n in zip(place, layer.in_shape, strict=True):
+        x = torch.arange(n, device=weight.device)
+        envelope = torch.sin((x + 1) * (math.pi / (n + 1)))
+        wave = wave.unsqueeze(-1) * torch.polar(envelope, at * x * (math.pi / n))
     generator = torch.Generator(weight.device).manual_seed(1)
-    shape = (1, layer.in_channels, *layer.in_shape)
-    start = NOISE * _unit(torch.randn(shape, dtype=weight.dtype, device=weight.device, generator=generator))
-    axes = tuple(range(2, start.dim()))
-    for order, right in enumerate(process.rights(WAVES)):
-        spectrum = torch.fft.rfftn(right, s=[2 * n for n in layer.in_shape], dim=axes)
-        energy = spectrum.abs().square().sum((0, 1))
-        place = torch.unravel_index(energy.argmax(), energy.shape)
-        wave = spectrum[(..., *place)]
-        for at, n in zip(place, layer.in_shape, strict=True):
-            x = torch.arange(n, device=start.device)
-            angle = at * x * (math.pi / n)
-            envelope = torch.sin((x + 1) * (math.pi / (n + 1)))
-            wave = wave.unsqueeze(-1) * torch.polar(envelope, angle)
-        start += FADING**order * _unit(wave.real)
-    return start
+    noise = torch.randn(wave.shape, dtype=weight.dtype, device=weight.device, generator=generator)
+    return _unit(wave.real) + NOISE * _unit(noise)
 
 
 def _unit(x: Tensor) -> Tensor:

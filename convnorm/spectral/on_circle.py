@@ -24,8 +24,9 @@ from torch import Tensor
 from .circle import Circle, half_grid
 from .definite import factorisation_error, is_below, largest_eigenvalue, unit_roundoff
 
-CHUNK = {"cpu": 1 << 23}  # bytes of Gram matrices at a time: what caches hold,
-CHUNK_ELSEWHERE = 1 << 28  # or what keeps a GPU busy
+CHUNK = 1 << 28  # bytes of matrices at a time, at most
+CACHED = 1 << 21  # on a CPU what its caches hold,
+AT_ONCE = 32  # or so many matrices, that the coefficients are not read too often
 
 
 class GramSymbol:
@@ -36,29 +37,50 @@ class GramSymbol:
 
     def __init__(self, circle: Circle) -> None:
         kernel = circle.kernel.detach()
-        self._kernel = kernel if kernel.shape[2] <= kernel.shape[1] else kernel.transpose(1, 2)
-        self._taps = kernel.shape[3:]
-        self.groups, self.size = self._kernel.shape[0], self._kernel.shape[2]
-        lags = list(product(*(range(1 - taps, taps) for taps in self._taps)))
+        kernel = kernel if kernel.shape[2] <= kernel.shape[1] else kernel.transpose(1, 2)
+        taps = kernel.shape[3:]
+        self.groups, self._rows, self.size = kernel.shape[:3]
         sizes = torch.linalg.matrix_norm(kernel.reshape(*kernel.shape[:3], -1).movedim(-1, 1))
         self._absolute = float(sizes.sum(1).max()) ** 2  # at least the sum of |K[a]|^T |K[b]|, in the spectral norm
-        spans = [arc.spacing * (taps - 1) for arc, taps in zip(circle.arcs, self._taps, strict=True)]
-        self._angle = 2 * math.pi * sum(spans)  # at least that of any wave at any lag
-        self._lags = torch.tensor(lags[len(lags) // 2 :], dtype=torch.float64)
-        self._half = torch.stack([self._coefficient(lag) for lag in lags[len(lags) // 2 :]], 1)  # C[0] first
+        self._turns = sum(k - 1 for k in taps)  # at least those of a wave at any lag, where G is sampled
+        self._more_turns = sum(arc.spacing * (k - 1) for arc, k in zip(circle.arcs, taps, strict=True))  # and elsewhere
+        lags = list(product(*(range(1 - k, k) for k in taps)))
+        self._lags = torch.tensor(lags[len(lags) // 2 :], dtype=torch.float64)  # 0 first
+        self._even, self._odd = self._coefficients(kernel)
 
-    def _coefficient(self, lag: Sequence[int]) -> Tensor:
-        here = [slice(max(0, -t), taps - max(0, t)) for t, taps in zip(lag, self._taps, strict=True)]
-        there = [slice(max(0, t), taps - max(0, -t)) for t, taps in zip(lag, self._taps, strict=True)]
-        one, other = (self._kernel[(..., *place)].movedim(2, -1).flatten(1, -2) for place in (here, there))
-        return one.mT @ other
+    def _coefficients(self, kernel: Tensor) -> tuple[Tensor, Tensor]:
+        """``C[t] + C[t]^T`` and ``C[t] - C[t]^T`` of half of the lags, [groups, lags, n * n].
+
+        From as many values of G as it has lags, half of them conjugates of the others.
+        """
+        taps = kernel.shape[3:]
+        points = half_grid([2 * k - 1 for k in taps])
+        places = torch.tensor(list(product(*map(range, taps))), dtype=torch.float64)
+        read = (points @ places.T).to(kernel.device)
+        spread = (points @ self._lags.T).to(kernel.device)
+        waves = torch.stack([read.cos(), read.sin()], 1)  # [points, 2, taps]
+        kernel = kernel.reshape(*kernel.shape[:3], -1).movedim(-1, 1).flatten(2)  # [groups, taps, rows * n]
+        even = kernel.new_zeros(self.groups, len(self._lags), self.size**2)
+        odd = torch.zeros_like(even)
+        step = max(1, CHUNK // (16 * kernel[:, 0].numel()))
+        for part in torch.arange(len(points), device=kernel.device).split(step):
+            values = (waves[part].flatten(0, 1) @ kernel).view(self.groups, len(part), 2, self._rows, self.size)
+            both, (real, imaginary) = values.flatten(2, 3), values.unbind(2)
+            crossed = real.mT @ imaginary
+            weight = torch.where(part > 0, 4.0, 2.0).to(spread) / (2 * len(points) - 1)  # frequency 0 comes first
+            even += (weight[:, None] * spread[part].cos()).T @ (both.mT @ both).flatten(2)
+            odd += (weight[:, None] * spread[part].sin()).T @ (crossed - crossed.mT).flatten(2)
+        even[:, 0] /= 2
+        return even, odd
 
     def rounding(self, dtype: torch.dtype) -> float:
         """By how much a matrix rounded to this precision may be off, in the spectral norm."""
-        sizes = 2 * float(torch.linalg.matrix_norm(self._half).sum(1).max())
-        terms = self._kernel.shape[1] * math.prod(self._taps) + 2 * self._half.shape[1]
-        exact = (terms + 4 * self._angle + 8) * unit_roundoff(torch.float64)  # angles are rounded as well
-        return 2 * sizes * unit_roundoff(dtype) + self._absolute * exact
+        sizes = 2 * float(torch.linalg.vector_norm(self._even, dim=2).sum(1).max())
+        sizes += 2 * float(torch.linalg.vector_norm(self._odd, dim=2).sum(1).max())
+        lags = 2 * len(self._lags)
+        of_each = 3 * self._rows + 60 * self._turns + 5 * lags + 20  # roundings of a coefficient, and of their sum:
+        roundings = lags * of_each + 30 * self._more_turns + 2 * lags + 8  # angles, 2 pi a turn, are rounded as well
+        return sizes * unit_roundoff(dtype) + self._absolute * roundings * unit_roundoff(torch.float64)
 
     def at(self, phases: Tensor, dtype: torch.dtype = torch.complex128) -> Iterator[tuple[slice, Tensor]]:
         """Chunk by chunk of phases[F, axes], ``G[groups, chunk, n, n]``, rounded to ``dtype``. As C[-t] = C[t]^T,
@@ -67,16 +89,16 @@ class GramSymbol:
 
         Summed in float64: what float32 means in a product of matrices is for its user to set (TF32, bfloat16).
         """
-        even, odd = self._half + self._half.mT, self._half - self._half.mT
-        even[:, 0] /= 2
-        angles = (phases @ self._lags.T).to(even.device)
-        budget = CHUNK.get(even.device.type, CHUNK_ELSEWHERE)
-        step = max(1, budget // (self.groups * self.size**2 * dtype.itemsize))
+        angles = (phases @ self._lags.T).to(self._even.device)
+        size = self.groups * self.size**2 * dtype.itemsize
+        step = max(1, CHUNK // size)
+        if angles.device.type == "cpu":
+            step = min(step, max(AT_ONCE, CACHED // size))
         for first in range(0, len(phases), step):
             part = slice(first, first + step)
-            gram = (angles[part].cos() @ even.flatten(2)).to(dtype.to_real())
+            gram = (angles[part].cos() @ self._even).to(dtype.to_real())
             if angles[part].any():
-                gram = torch.complex(gram, (angles[part].sin() @ odd.flatten(2)).to(dtype.to_real()))
+                gram = torch.complex(gram, (angles[part].sin() @ self._odd).to(dtype.to_real()))
             yield part, gram.unflatten(-1, (self.size, self.size))
 
 

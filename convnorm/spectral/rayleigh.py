@@ -52,8 +52,12 @@ def _length(layer: Layer, y: Tensor, scale: float) -> Tensor:
     """scale |y|, where ``y`` is the image of a unit vector, rounded down."""
     with torch.no_grad():
         error = rounding_error(layer)
-    length = (torch.linalg.vector_norm(y) - error).clamp_min(0)
-    return (length * scale - LEAST).clamp(0, torch.finfo(length.dtype).max)  # the scale may make it denormal, or inf
+    return downward(torch.linalg.vector_norm(y) - error, scale)
+
+
+def downward(bound: Tensor, scale: float) -> Tensor:
+    """At most ``bound * scale`` for a power of two, which may make it denormal, or inf."""
+    return (bound * scale - LEAST).clamp(0, torch.finfo(bound.dtype).max)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from .on_circle import circle_upper
 from .rayleigh import rayleigh
 
 RTOL = 1e-2  # how far above the norm an upper bound is looked for
-SHARP = 1e-5  # the same for the singular vectors of a gradient, which are off by the root of that
+SHARP = 1e-6  # the same for the singular vectors of a gradient, which are off by the root of that
 EXPLICIT = 512  # rows or columns of a matrix that is decomposed
 SLACK = 128  # roundings of an element, which is what a norm may lose to them
 MOST_TRIES = 20  # to find half precision weights that are within the bound: 1 or 2 are usual
