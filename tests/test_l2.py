@@ -18,7 +18,16 @@ from torch import nn
 import convnorm
 from convnorm import spectral
 from convnorm.layers import as_layer
-from convnorm.spectral import bracket, circle_norm, frobenius, lanczos, power_iteration, rescale, singular_values
+from convnorm.spectral import (
+    bracket,
+    circle_norm,
+    frobenius,
+    lanczos,
+    on_circle,
+    power_iteration,
+    rescale,
+    singular_values,
+)
 from convnorm.spectral.circle import circle_of, half_grid, symbol
 from convnorm.spectral.definite import is_below, largest_eigenvalue
 from convnorm.spectral.explicit import explicit_matrix, explicit_uppers, gram_error, gram_matrices, groups_of
@@ -522,6 +531,16 @@ def test_proofs_of_definiteness_keep_their_distance(dtype):
     assert is_below(gram, 1 + 20000 * eps)
     assert not is_below(gram, 1.05, error=0.1)
     assert largest_eigenvalue(gram, error=0.1) >= 1.1
+
+
+def test_gram_matrices_of_small_chunks_are_the_same(monkeypatch):
+    weight = torch.randn(3, 5, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    circle = circle_of(as_layer(weight, [7, 7], padding=1))
+    found = []
+    for most in (on_circle.CHUNK, 1):
+        monkeypatch.setattr(on_circle, "CHUNK", most)
+        found.append(torch.cat([part for _, part in GramSymbol(circle).at(circle_phases(circle))], 1))
+    torch.testing.assert_close(*found)
 
 
 def test_symbols_are_summed_in_float64():

@@ -15,7 +15,7 @@ Where the circle has more points than it needs, fewer are looked at: the symbol 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import product
 
 import torch
@@ -54,22 +54,24 @@ class GramSymbol:
         From as many values of G as it has lags, half of them conjugates of the others.
         """
         taps = kernel.shape[3:]
-        points = half_grid([2 * k - 1 for k in taps])
+        points = half_grid([2 * k - 1 for k in taps])[1:]  # frequency 0, which comes first, is real
         places = torch.tensor(list(product(*map(range, taps))), dtype=torch.float64)
         read = (points @ places.T).to(kernel.device)
         spread = (points @ self._lags.T).to(kernel.device)
         waves = torch.stack([read.cos(), read.sin()], 1)  # [points, 2, taps]
-        kernel = kernel.reshape(*kernel.shape[:3], -1).movedim(-1, 1).flatten(2)  # [groups, taps, rows * n]
-        even = kernel.new_zeros(self.groups, len(self._lags), self.size**2)
+        kernel = kernel.reshape(*kernel.shape[:3], -1).movedim(-1, 1)  # [groups, taps, rows, n]
+        share = 2 / (2 * len(points) + 1)
+        real = kernel.sum(1)
+        even = (share * (real.mT @ real)).flatten(1)[:, None].repeat(1, len(self._lags), 1)
         odd = torch.zeros_like(even)
-        step = max(1, CHUNK // (16 * kernel[:, 0].numel()))
-        for part in torch.arange(len(points), device=kernel.device).split(step):
+        kernel = kernel.flatten(2)
+        step = max(1, CHUNK // (16 * real.numel()))
+        for part in torch.arange(len(points), device=kernel.device).split(step) if len(points) else ():
             values = (waves[part].flatten(0, 1) @ kernel).view(self.groups, len(part), 2, self._rows, self.size)
             both, (real, imaginary) = values.flatten(2, 3), values.unbind(2)
             crossed = real.mT @ imaginary
-            weight = torch.where(part > 0, 4.0, 2.0).to(spread) / (2 * len(points) - 1)  # frequency 0 comes first
-            even += (weight[:, None] * spread[part].cos()).T @ (both.mT @ both).flatten(2)
-            odd += (weight[:, None] * spread[part].sin()).T @ (crossed - crossed.mT).flatten(2)
+            even += 2 * share * spread[part].cos().T @ (both.mT @ both).flatten(2)
+            odd += 2 * share * spread[part].sin().T @ (crossed - crossed.mT).flatten(2)
         even[:, 0] /= 2
         return even, odd
 
