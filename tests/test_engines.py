@@ -128,6 +128,13 @@ def test_local_rows_are_those_of_one_process_though_a_worker_is_killed(work, exp
     wait_for(lambda: not multiprocessing.active_children())
 
 
+def test_a_network_that_diverges_is_one_that_ended(work, monkeypatch):
+    how = dataclasses.replace(PROTOCOL, learning_rate=1e30)
+    assert dataclasses.replace(work, protocol=how).do(CELLS[0], "cpu") is None
+    assert rows.read_one(rows.path(work.out, CELLS[0]))["diverged"]["epoch"] == 1
+    assert rows.missing(work.out, CELLS, how) == CELLS[1:]
+
+
 def test_ray_rows_are_those_of_one_process(work, expected, monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -232,13 +239,16 @@ def test_the_board_of_a_terminal_shows_bars(board, work, monkeypatch, capsys):
 def test_without_a_terminal_there_are_lines_only(board, expected, monkeypatch, capsys):
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     row = expected[0] | {"seconds": {"training": 60.2, "evaluation": 3.1}}
-    board = board(2)
+    lost = {"diverged": {"epoch": 3, "step": 17}, "seconds": {"training": 63.4}}
+    board = board(3)
     with board.shown():
         board.tell(CELLS[0], {"stage": "training", "part": 0.5, "loss": 1.0})
         board.ended(CELLS[0], row)
         board.ended(CELLS[1], "see [/here] and [red]")
-    first, second = capsys.readouterr().err.splitlines()
+        board.ended(CELLS[2], lost)
+    first, second, third = capsys.readouterr().err.splitlines()
     assert first.startswith(f"vgg11-plain-seed0: clean {row['clean']['accuracy']:.1%}, robust ")
     assert first.endswith(" 63 s")
     assert f"l1 {max(row['norms']['l1']):.3g}, " in first
     assert second == "vgg11-clip-0.5-seed0: see [/here] and [red]"
+    assert third == "vgg11-l1-decay-0.01-seed0: diverged in epoch 3, step 17; 63 s"

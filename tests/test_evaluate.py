@@ -10,11 +10,12 @@ import torch
 
 evaluate = pytest.importorskip("train.evaluate", reason="away from the source tree")
 
-from train import run  # noqa: E402
+from train import training as loop  # noqa: E402
 from train.attacks import autoattack  # noqa: E402
 from train.cell import Cell, Protocol  # noqa: E402
 from train.data import Data, Images, inputs  # noqa: E402
 from train.rows import flags  # noqa: E402
+from train.run import folded_norms_of  # noqa: E402
 
 CPU = torch.device("cpu")
 PROTOCOL = Protocol(
@@ -41,7 +42,7 @@ def data():
 @pytest.fixture(scope="module")
 def training(data):
     """Not trained at all, of a network that is right about two images of three."""
-    training = run.Training(Cell("vgg11", "l1-decay", 1e-3), PROTOCOL, data, CPU)
+    training = loop.Training(Cell("vgg11", "l1-decay", 1e-3), PROTOCOL, data, CPU)
     model, x = training.network.eval(), inputs(data.test.pixels)
     with torch.no_grad():
         model.head[-1].bias -= model(x).mean(0)  # else one class has all images, far from any other
@@ -74,7 +75,7 @@ def test_evaluate_gives_what_its_parts_give(checkpoint, data, tmp_path, attacks)
     assert found["all"]["right"] == 40
     assert np.array_equal(robust, right & stable)
     assert 0 < robust.sum() < right.sum()
-    model, _, _ = run.network(checkpoint)
+    model, _, _ = loop.network(checkpoint)
     x, y = inputs(data.test.pixels[:20]), data.test.labels[:20]
     if attacks != ("pgd",):  # what a row says of the same network
         expected = autoattack(model, x, y, eps=0.001, attacks=attacks, iterations=5, batch=500, seed=0)
@@ -90,6 +91,7 @@ def test_evaluate_gives_what_its_parts_give(checkpoint, data, tmp_path, attacks)
     assert all(constant > 0 for constant in found["local_lipschitz"])
     assert len(found["local_lipschitz"]) == 20
 
+    assert found["folded"] == folded_norms_of(model, data, PROTOCOL.l2_rtol)
     assert len(found["layers"]) == len(found["spectra"]) == len(found["norms"]["l2"]) == 9
     for (lower, upper), spectrum in zip(found["norms"]["l2"], found["spectra"], strict=True):
         if not spectrum["circular"]:
@@ -108,8 +110,10 @@ def test_the_page_shows_the_numbers(checkpoint, data, tmp_path):
     assert "pgd (20 iterations), linf, eps 0.51/255, on the first 20 test images" in page
     middle = np.quantile(found["local_lipschitz"], 0.5)
     assert f" {middle:.3g} |" in page
-    for name in found["layers"]:
-        assert f"| `{name}` |" in page
+    folded = zip(found["layers"], *(found["folded"][norm] for norm in ("l1", "linf", "l2")), strict=True)
+    for name, l1, linf, (low, high) in folded:
+        assert page.count(f"| `{name}` |") == 2
+        assert f"| `{name}` | {l1:.4g} | {linf:.4g} | {low:.4g} to {high:.4g} |\n" in page
     for name in ("distributions", "spectra", "norms"):
         assert f"(figures/{name}.png)](figures/{name}.svg)" in page
         assert (tmp_path / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -204,6 +204,22 @@ def test_clipping_comes_again_after_as_many_steps(network, batch):
     assert [norm < 0.3001 for norm in largest] == [False, True] * 3 + [False]
 
 
+@pytest.mark.parametrize(("method", "beta"), [("plain", None), ("l1-decay", BETA), ("clip", 0.5)])
+def test_a_step_takes_weights_that_diverged_and_hides_no_other_error(network, batch, method, beta):
+    def refuse(*_):
+        raise RuntimeError("of another kind")
+
+    other = copy.deepcopy(network)
+    with torch.no_grad():
+        network[0].weight[0] = math.nan
+    steps(network, batch, method, beta, count=2)  # clipping comes in the second
+    assert network[0].weight.isnan().any()
+    acting = regulariser(other, method, beta)
+    acting.optimizer.register_step_pre_hook(refuse)
+    with pytest.raises(RuntimeError, match="of another kind"):
+        acting.step()
+
+
 def test_a_regulariser_goes_on_from_its_state(network, batch):
     other = copy.deepcopy(network)
     for method, strength in (("clip", 0.3), ("l1-decay", BETA), ("weight-decay", BETA)):

@@ -1,8 +1,10 @@
 """The promise: a row depends on its cell and protocol, not on kills, nor on how many processes share a batch."""
 
+import csv
 import dataclasses
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -25,6 +27,7 @@ from convnorm.layers import observe
 
 train = pytest.importorskip("train.run", reason="away from the source tree")
 from train import attacks, ranks, rows  # noqa: E402
+from train import training as loop  # noqa: E402
 from train.cell import METHODS, STRENGTHS, Cell, protocol  # noqa: E402
 from train.data import Data, epoch, inputs, load  # noqa: E402
 
@@ -69,6 +72,15 @@ def uninterrupted(data, tmp_path_factory):
     return get
 
 
+@pytest.fixture(scope="module")
+def watched(data, tmp_path_factory):
+    """The row of a cell whose norms are recorded, and the file that has them."""
+    out = tmp_path_factory.mktemp("watched")
+    return train.run(CELLS["l1-decay"], PROTOCOL, data, out, CPU, watch=out / "of the" / "norms.csv"), (
+        out / "of the" / "norms.csv"
+    )
+
+
 def without_times(row):
     row = json.loads(json.dumps(row))
     del row["seconds"], row["made"]
@@ -102,15 +114,15 @@ def test_the_learning_rate_is_a_tenth_from_epochs_75_90_and_100_on():
     for number in range(1, 121):
         expected = 0.1 * 0.1 ** sum(number >= start for start in (75, 90, 100))
         for step in (0, steps - 1):
-            found = train.learning_rate(0.1, (number - 1) * steps + step, 120 * steps)
+            found = loop.learning_rate(0.1, (number - 1) * steps + step, 120 * steps)
             assert found == pytest.approx(expected, rel=1e-12), number
 
 
 def test_short_runs_fall_at_the_same_parts():
-    assert [train.learning_rate(1.0, done, 40) for done in (0, 24, 25, 29, 30, 32, 33, 39)] == [
+    assert [loop.learning_rate(1.0, done, 40) for done in (0, 24, 25, 29, 30, 32, 33, 39)] == [
         1, 1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001,
     ]  # fmt: skip
-    assert train.learning_rate(1.0, 0, 1) == 1
+    assert loop.learning_rate(1.0, 0, 1) == 1
 
 
 # One cell
@@ -118,9 +130,9 @@ def test_short_runs_fall_at_the_same_parts():
 
 def test_an_epoch_is_the_plain_loop(data, monkeypatch):
     """With the rate of each step, momentum and weight decay written out."""
-    monkeypatch.setitem(train.PAPER, "vgg11", Plain)
+    monkeypatch.setitem(loop.PAPER, "vgg11", Plain)
     how, cell = dataclasses.replace(PROTOCOL, epochs=2), Cell("vgg11", "weight-decay", 0.01, seed=3)
-    training = train.Training(cell, how, data, CPU)
+    training = loop.Training(cell, how, data, CPU)
     torch.manual_seed(3)
     network = Plain(10, how.width)
     velocity = {name: 0 for name, _ in network.named_parameters()}
@@ -149,7 +161,7 @@ def test_an_epoch_is_the_plain_loop(data, monkeypatch):
 
 @pytest.mark.parametrize(("method", "forwards"), [("plain", 1), ("pgd-at", 1), ("alp", 2), ("trades", 2)])
 def test_batch_norm_sees_what_the_loss_sees_and_not_the_attack(data, method, forwards):
-    training = train.Training(CELLS[method], PROTOCOL, data, CPU)
+    training = loop.Training(CELLS[method], PROTOCOL, data, CPU)
     training.network.eval()
     training.one_epoch(lambda news: None)
     assert {int(n) for name, n in training.network.named_buffers() if "num_batches" in name} == {4 * forwards}
@@ -159,7 +171,7 @@ def test_the_row_is_what_the_checkpoint_measures(data, uninterrupted):
     cell = CELLS["l1-decay"]
     row, out = uninterrupted(cell)
     assert json.loads(json.dumps(row)) == read_row(out, cell)
-    network, its_cell, its_protocol = train.network(out / "checkpoints" / f"{cell.name}.pt")
+    network, its_cell, its_protocol = loop.network(out / "checkpoints" / f"{cell.name}.pt")
     assert (its_cell, its_protocol) == (cell, PROTOCOL)
     assert not network.training
     with torch.no_grad():
@@ -191,8 +203,44 @@ def test_the_row_is_what_the_checkpoint_measures(data, uninterrupted):
     assert row["made"]["torch"] == torch.__version__
 
 
+def test_a_row_has_the_norms_of_layers_with_batch_norm(uninterrupted):
+    row, out = uninterrupted(CELLS["l1-decay"])
+    network, _, _ = loop.network(out / "checkpoints" / f"{CELLS['l1-decay'].name}.pt")
+    modules, uses = list(network.modules()), observe(network, [1, 3, 32, 32])
+    followed = 0
+    for i, use in enumerate(uses):
+        after = modules[modules.index(use.module) + 1 :][:1]
+        layer = use.layer
+        if after and isinstance(after[0], nn.BatchNorm2d):
+            scale = after[0].weight / (after[0].running_var + after[0].eps).sqrt()
+            layer = dataclasses.replace(layer, weight=(use.module.weight * scale[:, None, None, None]).detach())
+            followed += 1
+        norms, bracket = convnorm.norms(layer), convnorm.l2(layer, rtol=1e-3)
+        assert row["folded"]["l1"][i] == pytest.approx(norms.l1.item(), rel=1e-6)
+        assert row["folded"]["linf"][i] == pytest.approx(norms.linf.item(), rel=1e-6)
+        lower, upper = row["folded"]["l2"][i]
+        assert bracket.lower.item() <= upper * (1 + 1e-6)  # of a weight rounded to float32
+        assert lower <= bracket.upper.item() * (1 + 1e-6)
+        assert upper <= 1.11 * lower
+    assert followed == 8
+    assert row["folded"]["l1"][-1] == row["norms"]["l1"][-1]  # the linear layer
+    assert row["folded"]["l1"][0] != row["norms"]["l1"][0]
+
+
+def test_watching_writes_the_norms_of_each_step_and_changes_nothing(uninterrupted, watched):
+    row, file = watched
+    assert without_times(row) == without_times(uninterrupted(CELLS["l1-decay"])[0])
+    heads, *lines = csv.reader(file.open())
+    assert heads == ["step", *(f"{norm}/{layer}" for layer in row["layers"] for norm in ("l1", "linf"))]
+    assert [int(line[0]) for line in lines] == list(range(12))
+    for entry, line in zip(row["history"], lines[3::4], strict=True):  # after each epoch
+        assert [float(norm) for norm in line[1::2]] == pytest.approx(entry["l1"], rel=1e-8)
+        assert [float(norm) for norm in line[2::2]] == pytest.approx(entry["linf"], rel=1e-8)
+    assert len({tuple(line[1:]) for line in lines}) == 12
+
+
 def test_seeds_are_other_networks_and_batches(data):
-    first, second = (train.Training(Cell("vgg11", "plain", seed=seed), PROTOCOL, data, CPU) for seed in (0, 1))
+    first, second = (loop.Training(Cell("vgg11", "plain", seed=seed), PROTOCOL, data, CPU) for seed in (0, 1))
     assert not torch.equal(first.network.head[1].weight, second.network.head[1].weight)
     second.network.load_state_dict(first.network.state_dict())
     for training in (first, second):
@@ -200,16 +248,98 @@ def test_seeds_are_other_networks_and_batches(data):
     assert not torch.equal(first.network.head[1].weight, second.network.head[1].weight)
 
 
-def test_a_run_that_diverges_is_named(data, tmp_path):
-    how = dataclasses.replace(PROTOCOL, learning_rate=1e30)
-    with pytest.raises(FloatingPointError, match=r"vgg11-plain-seed0 diverged in epoch 1: its loss is (nan|inf)"):
-        train.run(CELLS["plain"], how, data, tmp_path, CPU)
-    assert not (tmp_path / "rows").exists()
+# Divergence
+
+
+def strict(file):
+    """JSON without NaN, which Python would write and read."""
+
+    def refuse(constant):
+        raise AssertionError(f"{file.name} holds {constant}")
+
+    return json.loads(file.read_text(), parse_constant=refuse)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_diverges_has_a_row_that_says_when(data, tmp_path, method):
+    cell, how = CELLS[method], dataclasses.replace(PROTOCOL, learning_rate=1e30)
+    row = train.run(cell, how, data, tmp_path, CPU)
+    assert strict(rows.path(tmp_path, cell)) == json.loads(json.dumps(row)) == read_row(tmp_path, cell)
+    assert row["diverged"] == {"epoch": 1, "step": 2}
+    assert row.keys() == rows.PARTS | {"diverged"}
+    assert row["history"] == []
+    assert row["seconds"]["training"] > 0
+    assert rows.missing(tmp_path, [cell], how) == []
+
+
+def rate_of(steps, rate, monkeypatch):
+    """This rate in these of all steps, counted from 0."""
+    learning_rate = loop.learning_rate
+    chosen = lambda first, done, all: rate if done in steps else learning_rate(first, done, all)  # noqa: E731
+    monkeypatch.setattr(loop, "learning_rate", chosen)
+
+
+def test_a_run_that_diverges_late_keeps_what_came_before(data, tmp_path, uninterrupted, monkeypatch):
+    cell, losses = CELLS["plain"], []
+    expected = uninterrupted(cell)[0]["history"][0]
+    cross_entropy = F.cross_entropy
+
+    def noted(logits, labels):
+        loss = cross_entropy(logits, labels)
+        losses.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(F, "cross_entropy", noted)
+    rate_of([5], 1e30, monkeypatch)  # the second step of the second epoch
+    row = train.run(cell, PROTOCOL, data, tmp_path, CPU)
+    (first,) = row["history"]
+    assert first | {"seconds": 0} == expected | {"seconds": 0}
+    finite = [math.isfinite(loss) for loss in losses]
+    assert len(finite) == 8
+    assert row["diverged"] == {"epoch": 2, "step": finite.index(False) - 4 + 1}
+    assert row["seconds"]["training"] > first["seconds"]
+    rows.path(tmp_path, cell).unlink()  # as if killed before it was written: from the first checkpoint on, the same
+    again = train.run(cell, PROTOCOL, data, tmp_path, CPU)
+    assert len(losses) == 12
+    assert without_times(again) == without_times(row)
+
+
+def test_weights_and_norms_tell_whether_a_network_is_finite(data, monkeypatch):
+    monkeypatch.setitem(loop.PAPER, "vgg11", Plain)
+    training = loop.Training(CELLS["plain"], PROTOCOL, data, CPU)
+    assert training.is_finite()
+    with torch.no_grad():
+        training.network.second.weight.fill_(1e37)
+    assert not training.is_finite()  # a sum of 72 of them is too large for float32
+    training.network.second.weight.data.zero_()
+    assert training.is_finite()
+    training.network.head.bias.data[3] = math.nan
+    assert not training.is_finite()
+
+
+def test_a_network_that_is_not_finite_has_diverged(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.Training, "is_finite", lambda training: training.done < 1)
+    row = train.run(CELLS["plain"], PROTOCOL, data, tmp_path, CPU)
+    assert row["diverged"] == {"epoch": 2, "step": 4}
+
+
+@pytest.mark.parametrize("rate", [1e30, 1e42], ids=["logits", "weights"])
+def test_a_last_step_that_diverges_counts(data, tmp_path, monkeypatch, rate):
+    """The loss was finite at every step, but what the last one left behind is not."""
+    monkeypatch.setitem(loop.PAPER, "vgg11", Plain)
+    rate_of([11], rate, monkeypatch)
+    row = train.run(CELLS["plain"], PROTOCOL, data, tmp_path, CPU)
+    assert row["diverged"] == {"epoch": 3, "step": 4}
+    assert [entry["epoch"] for entry in row["history"]] == [1, 2]
+    assert strict(rows.path(tmp_path, CELLS["plain"]))
+
+
+# Ways to train
 
 
 def test_bfloat16_learns(data):
     full, narrow = (
-        train.Training(CELLS["trades"], dataclasses.replace(PROTOCOL, epochs=6, precision=precision), data, CPU)
+        loop.Training(CELLS["trades"], dataclasses.replace(PROTOCOL, epochs=6, precision=precision), data, CPU)
         for precision in ("float32", "bfloat16")
     )
     losses = [[training.one_epoch(lambda news: None)["loss"] for _ in range(6)] for training in (full, narrow)]
@@ -222,11 +352,11 @@ def test_bfloat16_learns(data):
 def test_compiled_steps_learn_the_same(data, monkeypatch):
     if shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler")
-    monkeypatch.setitem(train.PAPER, "vgg11", Plain)
+    monkeypatch.setitem(loop.PAPER, "vgg11", Plain)
     losses = []
     for compiled in (False, True):
         how = dataclasses.replace(PROTOCOL, epochs=6, compiled=compiled)
-        training = train.Training(CELLS["trades"], how, data, CPU)
+        training = loop.Training(CELLS["trades"], how, data, CPU)
         losses.append([training.one_epoch(lambda news: None)["loss"] for _ in range(6)])
     assert losses[1][-1] < losses[1][0]
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
@@ -251,8 +381,8 @@ def test_a_run_goes_on_from_its_checkpoint(data, tmp_path, uninterrupted, monkey
             raise Stop
         return learning_rate(*arguments)
 
-    learning_rate = train.learning_rate
-    monkeypatch.setattr(train, "learning_rate", stop_in_epoch_2)
+    learning_rate = loop.learning_rate
+    monkeypatch.setattr(loop, "learning_rate", stop_in_epoch_2)
     with pytest.raises(Stop):
         train.run(cell, PROTOCOL, data, tmp_path, CPU)
     row = train.run(cell, PROTOCOL, data, tmp_path, CPU)
@@ -296,12 +426,12 @@ def test_what_is_no_checkpoint_is_named_in_one_line(checkpoint, what):
         parts = {"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"hello\n", "flipped": flipped}
         checkpoint.write_bytes(parts[what])
     with pytest.raises(ValueError, match=r"seed0.pt' is damaged, or not one of python -m train run$"):
-        train.network(checkpoint)
+        loop.network(checkpoint)
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none.pt' is not there"):
-        train.network(tmp_path / "none.pt")
+        loop.network(tmp_path / "none.pt")
 
 
 # Rows
@@ -398,9 +528,9 @@ def text_by_half(name):
 
 save = torch.save
 MOMENTS = {
-    "in the first epoch": lambda patch: patch(train, "learning_rate", dying(train.learning_rate, 2)),
+    "in the first epoch": lambda patch: patch(loop, "learning_rate", dying(loop.learning_rate, 2)),
     "a checkpoint written, not in place": lambda patch: patch(os, "fsync", dying(os.fsync, 1)),
-    "in the second epoch": lambda patch: patch(train, "learning_rate", dying(train.learning_rate, 4 + 3)),
+    "in the second epoch": lambda patch: patch(loop, "learning_rate", dying(loop.learning_rate, 4 + 3)),
     "a checkpoint written by half": lambda patch: patch(torch, "save", written_by_half),
     "before the last checkpoint": lambda patch: patch(torch, "save", dying(save, 2)),
     "before the attacks": lambda patch: patch(train, "autoattack", dying(train.autoattack, 1)),
@@ -410,18 +540,18 @@ MOMENTS = {
 }
 
 
-def run_in(out, cell, data, moment):
+def run_in(out, cell, data, moment, watch=None):
     torch.set_num_threads(1)
     if moment:
         MOMENTS[moment](setattr)
-    train.run(cell, PROTOCOL, data, out, CPU)
+    train.run(cell, PROTOCOL, data, out, CPU, watch=watch)
 
 
-def test_kills_at_chosen_moments_change_nothing(processes, data, tmp_path, uninterrupted):
+def test_kills_at_chosen_moments_change_nothing(processes, data, tmp_path, uninterrupted, watched):
     """One after another in the same run, which every start goes on with."""
-    cell = CELLS["l1-decay"]
+    cell, watch = CELLS["l1-decay"], tmp_path / "norms.csv"
     for moment in (*MOMENTS, None):
-        process = processes.Process(target=run_in, args=(tmp_path, cell, data, moment))
+        process = processes.Process(target=run_in, args=(tmp_path, cell, data, moment, watch))
         process.start()
         process.join(60)
         assert process.exitcode == (-signal.SIGKILL if moment else 0), moment
@@ -429,7 +559,8 @@ def test_kills_at_chosen_moments_change_nothing(processes, data, tmp_path, unint
         assert len(partial) <= 1, moment  # the next start removes it
     assert without_times(read_row(tmp_path, cell)) == without_times(uninterrupted(cell)[0])
     left = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
-    assert left == {f"checkpoints/{cell.name}.pt", f"rows/{cell.name}.json"}
+    assert left == {f"checkpoints/{cell.name}.pt", f"rows/{cell.name}.json", watch.name}
+    assert watch.read_bytes() == watched[1].read_bytes()
 
 
 def test_kills_at_any_moment_change_nothing(processes, data, tmp_path, uninterrupted, seed):
@@ -458,21 +589,24 @@ def in_rank(rank, world, port, out, data):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with ranks.joined("cpu") as device:
         found = {"rows": {}, "digests": {}, "weights": {}, "told": {}, "images": set()}
-        attacked = train.attacked
-        train.attacked = lambda network, x, *others: found["images"].add(len(x)) or attacked(network, x, *others)
+        how = dataclasses.replace(PROTOCOL, learning_rate=1e30)
+        row = train.run(CELLS["plain"], how, data, out / "diverged", device, watch=out / f"norms{rank}.csv")
+        found["diverged"] = row["diverged"]
+        attacked = loop.attacked
+        loop.attacked = lambda network, x, *others: found["images"].add(len(x)) or attacked(network, x, *others)
         for method in ("plain", "trades"):
             row = train.run(CELLS[method], PROTOCOL, data, out, device)
             found["rows"][method] = json.dumps(row)
-            training = train.Training(CELLS[method], PROTOCOL, data, device)
+            training = loop.Training(CELLS[method], PROTOCOL, data, device)
             for _ in range(2):
                 training.one_epoch(lambda news: None)
             digest = hashlib.sha256()
             for tensor in training.network.state_dict().values():
                 digest.update(tensor.contiguous().numpy().tobytes())
             found["digests"][method] = digest.hexdigest()
-        train.PAPER["vgg11"] = Plain
+        loop.PAPER["vgg11"] = Plain
         for method, cell in CELLS.items():
-            training = train.Training(cell, dataclasses.replace(PROTOCOL, train_noise=0), data, device)
+            training = loop.Training(cell, dataclasses.replace(PROTOCOL, train_noise=0), data, device)
             found["told"][method] = training.one_epoch(lambda news: None)
             found["weights"][method] = training.network.state_dict()
             del training  # before its process group: ranks.joined says why
@@ -507,6 +641,14 @@ def test_replicas_agree_bit_for_bit(two_ranks):
     assert first["images"] == second["images"] == {16}  # half a batch
 
 
+def test_two_processes_diverge_together_and_one_records(two_ranks):
+    both, out = two_ranks
+    row = read_row(out / "diverged", CELLS["plain"])
+    assert row["diverged"] == both[0]["diverged"] == both[1]["diverged"] == {"epoch": 1, "step": 2}
+    assert [file.name for file in out.glob("norms*.csv")] == ["norms0.csv"]
+    assert len((out / "norms0.csv").read_text().splitlines()) == 1 + 4
+
+
 @pytest.mark.parametrize("method", ["plain", "trades"])
 def test_two_processes_write_one_row_of_all_images(two_ranks, data, method):
     both, out = two_ranks
@@ -514,7 +656,7 @@ def test_two_processes_write_one_row_of_all_images(two_ranks, data, method):
     row = read_row(out, cell)
     assert all(without_times(json.loads(each["rows"][method])) == without_times(row) for each in both)
     assert row["made"]["processes"] == 2
-    network, _, _ = train.network(out / "checkpoints" / f"{cell.name}.pt")
+    network, _, _ = loop.network(out / "checkpoints" / f"{cell.name}.pt")
     x, labels = inputs(data.test.pixels), data.test.labels
     with torch.no_grad():
         assert rows.flags(row["clean"]).tolist() == (network(x).argmax(1) == labels).tolist()
@@ -534,8 +676,8 @@ def test_two_processes_write_one_row_of_all_images(two_ranks, data, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_step_as_one_does(two_ranks, data, monkeypatch, method):
     """A network without batch norm: the gradient is the mean over the shares, to rounding."""
-    monkeypatch.setitem(train.PAPER, "vgg11", Plain)
-    training = train.Training(CELLS[method], dataclasses.replace(PROTOCOL, train_noise=0), data, CPU)
+    monkeypatch.setitem(loop.PAPER, "vgg11", Plain)
+    training = loop.Training(CELLS[method], dataclasses.replace(PROTOCOL, train_noise=0), data, CPU)
     begin = {name: tensor.clone() for name, tensor in training.network.state_dict().items()}
     told = training.one_epoch(lambda news: None)
     for found in two_ranks[0]:

@@ -8,6 +8,7 @@ import re
 import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,6 +70,17 @@ def made_up(experiment, clean=0.6, robust=0.4, norm=1.0, seeds=1, preset="smoke"
         }
 
     return json.loads(json.dumps([one(which) for which in protocol.cells()]))
+
+
+def diverging(rows, epoch=2, **cells):
+    """The same, but those whose cells have these values diverged in that epoch."""
+
+    def lost(row):
+        kept = {part: row[part] for part in storage.PARTS}
+        return kept | {"diverged": {"epoch": epoch, "step": 7}, "history": row["history"][: epoch - 1]}
+
+    chosen = [all(row["cell"][name] == value for name, value in cells.items()) for row in rows]
+    return [lost(row) if is_one else row for row, is_one in zip(rows, chosen, strict=True)]
 
 
 def by(**methods):
@@ -237,6 +249,34 @@ def test_networks_without_their_plain_one_are_left_out():
     assert clean.details.splitlines()[2].startswith("| VGG-11 | - | - |")
 
 
+def test_networks_that_diverged_count_against_clean_accuracy_and_not_for_lost_robustness():
+    rows = diverging(made_up("table2"), method="l1-decay", strength=1e-2)
+    improves, costs = regularisation(rows)
+    assert improves.caveats == ["4 networks diverged, and count as right about no image."]
+    assert costs.caveats == ["4 networks left out: they diverged, and have no robustness to lose."]
+    assert "of 64 networks" in improves.here.because
+    assert "of 12 networks" in costs.here.because
+    clean = {(row["cell"]["model"], row["cell"]["method"], row["cell"]["strength"]): row["clean"]["right"] / IMAGES
+             for row in rows if "clean" in row}  # fmt: skip
+    change = [100 * (clean.get((model, *setting), 0) - clean[model, "plain", None])
+              for model in LAYERS for setting in accuracy_claims.REGULARISED]  # fmt: skip
+    assert improves.here.because.startswith(f"{np.mean(change):+.1f} points on average")
+
+
+def test_networks_whose_plain_one_diverged_are_left_out():
+    clean, robust = regularisation(diverging(made_up("table2"), model="vgg11", method="plain"))
+    assert clean.caveats == ["16 networks left out: the plain network of their model and seed diverged."]
+    assert robust.caveats == ["4 networks left out: the plain network of their model and seed diverged."]
+    assert clean.details.splitlines()[2].startswith("| VGG-11 | - | - |")
+
+
+@pytest.mark.parametrize(("method", "count"), [("alp", 4), ("plain", 12)])
+def test_norms_of_networks_that_diverged_are_left_out(method, count):
+    rows = diverging(made_up("figure2", robust=ROBUST), method=method)
+    verdict = norm_claim.verdict(Report.of(rows, "figure2"), "l1")
+    assert verdict.caveats == [f"{count} networks left out: they or the plain one diverged."]
+
+
 def test_rows_of_different_images_are_not_compared():
     rows = made_up("table2")
     rows[3]["clean"] = storage.counted(np.ones(IMAGES - 1, bool))
@@ -277,6 +317,35 @@ def test_the_numbers_of_the_claim_on_norms_are_those_of_the_rows():
     low, high = np.exp(scipy_stats.t.interval(0.95, 3, np.mean(means), scipy_stats.sem(means)))
     assert verdict.here.because.startswith(f"{np.exp(np.mean(means)):.2f} times")
     assert f"[{low:.2f}, {high:.2f}]" in verdict.here.because
+
+
+def folded(rows, factor):
+    """The same, with norms with batch norm: the others times ``factor`` of the cell."""
+
+    def of(row):
+        times = factor(cell.Cell(**row["cell"]))
+        return {name: (times * np.array(norms)).tolist() for name, norms in row["norms"].items()}
+
+    return [row | {"folded": of(row)} for row in rows]
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_norms_with_batch_norm_are_judged_beside_those_of_the_weights(kind):
+    rows = folded(made_up("figure2", robust=ROBUST, norm=by(plain=1, other=1.5)), by(plain=1, other=0.4))
+    report = Report.of(rows, "figure2")
+    weights, together = (norm_claim.verdict(report, kind, part) for part in ("norms", "folded"))
+    assert (weights.here.word, together.here.word) == ("holds, larger", "does not hold")
+    assert together.claim == f"adversarially trained networks have {kind} norms as large or larger, with batch norm"
+    mean = float(weights.here.because.partition(" ")[0])
+    assert float(together.here.because.partition(" ")[0]) == pytest.approx(0.4 * mean, abs=0.01)
+
+
+def test_rows_without_norms_with_batch_norm_are_left_out():
+    rows = folded(made_up("figure2", robust=ROBUST), by(other=1))
+    for row in rows[:4]:  # those of VGG-11
+        del row["folded"]
+    verdict = norm_claim.verdict(Report.of(rows, "figure2"), "l1", "folded")
+    assert verdict.caveats == ["3 networks left out: their rows or the plain ones are without these norms."]
 
 
 def test_norms_of_networks_that_are_not_robust_say_nothing():
@@ -353,6 +422,31 @@ def test_the_papers_table():
     for model, expected in sums.items():  # of the lines as the paper has them
         lines = zip(*(pair for key, pair in published.TABLE2.items() if key[0] == model), strict=True)
         assert [sum(number or 0 for number in line) for line in lines] == pytest.approx(expected)
+
+
+def test_what_diverged_is_neither_missing_nor_forgotten():
+    rows = diverging(made_up("table2"), model="vgg11", method="clip")
+    report = Report.of(without(rows, model="vgg11", method="l1-decay", strength=1e-2), "table2")
+    assert [each.name for each in report.missing] == ["vgg11-l1-decay-0.01-seed0"]
+    caveats = " ".join(report.caveats())
+    assert "1 of 68 cells are missing: not trained yet, or failed." in caveats
+    assert (
+        "4 of 67 networks diverged, and have no accuracy: vgg11-clip-0.5-seed0 (epoch 2), vgg11-clip-1-seed0 (epoch 2)"
+        in caveats
+    )
+    head = "**cells**: 67 of 68; diverged: vgg11-clip-0.5-seed0, vgg11-clip-1-seed0,"
+    assert head in report.header()
+    assert report.written("vgg11", "clip", 0.5, "robust") == "diverged"
+    assert report.written("vgg11", "l1-decay", 1e-2, "clean") == "missing"
+
+
+def test_of_several_seeds_those_that_diverged_are_counted():
+    rows = diverging(made_up("table2", seeds=3), model="vgg11", method="clip", seed=1)
+    report = Report.of(rows, "table2")
+    percent = [100 * row["clean"]["right"] / IMAGES for row in report.seeds("vgg11", "clip", 0.5)]
+    assert len(percent) == 2
+    expected = f"{np.mean(percent):.1f} ± {np.std(percent, ddof=1):.1f}, 1 diverged"
+    assert report.written("vgg11", "clip", 0.5, "clean") == expected
 
 
 # The pages
@@ -477,6 +571,49 @@ def test_networks_that_guess_are_not_in_the_scatter_plot(tmp_path):
     rows = made_up("table2", clean=lambda which: 0.05 if which.method == "clip" and which.model == "vgg11" else 0.6)
     plots.accuracies(Report.of(rows, "table2"), tmp_path / "plot")
     assert (tmp_path / "plot.svg").read_text().count("not shown: 4 that may be guessing") == 1
+
+
+@pytest.mark.parametrize("module", [table2, figure2])
+def test_the_committed_pages_are_those_of_the_committed_rows(module, tmp_path, monkeypatch):
+    for figure in ("accuracies", "histories", "layers", "densities"):
+        monkeypatch.setattr(plots, figure, lambda *_: None)
+    name = module.__name__.rpartition(".")[2]
+    committed = Path(module.__file__).parent / "results" / f"{name}-smoke"
+    page = module.render(storage.read(committed), tmp_path)
+    assert page.read_text() == (committed / page.name).read_text()
+
+
+def test_the_page_has_norms_with_batch_norm_where_rows_do(tmp_path, monkeypatch):
+    for figure in ("histories", "layers", "densities"):
+        monkeypatch.setattr(plots, figure, lambda *_: None)
+    rows = made_up("figure2", robust=ROBUST)
+    pages = [figure2.render(each, tmp_path).read_text() for each in (rows, folded(rows, by(other=1)))]
+    assert ["have linf norms as large or larger, with batch norm | " in page for page in pages] == [False, True]
+    assert [norm_claim.CAVEATS["folded"] in page for page in pages] == [False, True]
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_pages_of_networks_that_diverged(tmp_path, epoch):
+    pytest.importorskip("matplotlib")
+    pages = []
+    for experiment, module, method in (("table2", table2, "clip"), ("figure2", figure2, "plain")):
+        rows = diverging(made_up(experiment, robust=ROBUST), epoch, model="vgg11", method=method)
+        pages.append(module.render(diverging(rows, epoch, model="senet18"), tmp_path))
+    first, second = pages
+    assert [line[1:3] for line in lines_of(first, "|  | VGG-11 clean |")][5] == [
+        "diverged<br>(87.6)",
+        "diverged<br>(48.8)",
+    ]
+    assert lines_of(second, "|  |  | clean | robust |")[0] == ["VGG-11", "plain", *["diverged"] * 5]
+    ratios = [line[4] for line in lines_of(second, "|  |  | clean | robust |")]
+    assert ["x" in ratio for ratio in ratios] == [False] * 4 + [False, True, True, True] + [False] * 4 + [
+        False, True, True, True,
+    ]  # fmt: skip
+    for page in pages:
+        assert f"(epoch {epoch})" in page.read_text()
+    assert (tmp_path / "figures" / "table2-accuracy.svg").read_text().count("not shown: 4 that diverged") == 1
+    for figure in ("table2-layers-senet18", "figure2-layers-senet18"):
+        assert ">diverged<" in (tmp_path / "figures" / f"{figure}.svg").read_text()
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "scipy"])

@@ -92,6 +92,38 @@ def test_a_finished_cell_is_not_trained_again(main, plain, tmp_path, monkeypatch
     assert (status, output) == (0, f"row {str(rows.path(tmp_path, CELL))!r} is there\n")
 
 
+def test_a_network_that_diverges_is_a_result(main, tmp_path, monkeypatch):
+    status, _, errors = main(*RUN, "plain", "--learning-rate", "1e30")
+    assert status == 0
+    assert last_line(errors).startswith("vgg11-plain-seed0: diverged in epoch 1, step 2; ")
+    (row,) = rows.read(tmp_path)
+    assert row["diverged"] == {"epoch": 1, "step": 2}
+    monkeypatch.delattr(run, "Training")  # and is not trained again
+    status, output, _ = main(*RUN, "plain", "--learning-rate", "1e30")
+    assert (status, output) == (0, f"row {str(rows.path(tmp_path, CELL))!r} is there\n")
+
+
+def test_what_is_watched_is_written_and_the_row_is_the_same(main, plain, tmp_path):
+    file = tmp_path / "watched" / "norms.csv"
+    status, _, _ = main(*RUN, "plain", "--watch", file)
+    assert status == 0
+    found, expected = (rows.read_one(rows.path(out, CELL)) for out in (tmp_path, plain))
+    for part in ("clean", "robust", "norms", "folded"):
+        assert found[part] == expected[part]
+    head, *lines = file.read_text().splitlines()
+    assert head.startswith("step,l1/stage1.0,linf/stage1.0,l1/stage2.0,")
+    assert [line.partition(",")[0] for line in lines] == [str(step) for step in range(2 * 4)]
+
+
+def test_tensorboard_is_watched_too(main, tmp_path):
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    status, _, _ = main(*RUN, "plain", "--watch", tmp_path / "events")
+    assert status == 0
+    events = accumulators.EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("l1/stage1.0")] == list(range(2 * 4))
+
+
 @pytest.mark.parametrize(
     ("method", "options", "experiment"),
     [("plain", [], "table2"), ("plain", ["--experiment", "figure2"], "figure2"), ("pgd-at", [], "figure2")],
@@ -147,6 +179,19 @@ def test_table2_trains_what_is_missing_and_says_what_failed(main, plain, tmp_pat
     del outcomes["resnet18-plain-seed0"]  # the same again trains what is still missing
     status, _, _ = main("table2", "--only", "*-plain-*")
     assert (status, seen[1][0], shown) == (0, names[:1], [3, 4])
+
+
+def test_widths_evaluates_what_was_trained_to_the_end(main, plain, tmp_path, monkeypatch):
+    row = rows.read_one(rows.path(plain, CELL))
+    row = {part: row[part] for part in rows.PARTS} | {"diverged": {"epoch": 1, "step": 2}}
+    monkeypatch.setitem(command.ENGINES, "local", engine_of({"row": row}, seen := []))
+    status, _, errors = main("widths", "--only", "resnet18-trades-9-*")
+    assert [names for names, _, _ in seen] == [["resnet18-trades-9-seed0"]] * len(command.widths.WIDTHS["smoke"])
+    assert errors.count("resnet18-trades-9-seed0: diverged in epoch 1, step 2") == len(seen)
+    assert status == 2
+    assert last_line(errors) == (
+        f"python -m train: folder {str(tmp_path)!r} holds no evaluation: there is nothing to show"
+    )
 
 
 def test_torchrun_is_for_one_network(main, monkeypatch):
@@ -232,6 +277,20 @@ def test_a_damaged_row_is_named(main, plain, tmp_path, arguments):
     assert last_line(errors).startswith(f"python -m train: row {str(rows.path(tmp_path, CELL))!r} is damaged: ")
 
 
+def test_what_cannot_be_watched_is_named(main, tmp_path, monkeypatch):
+    file = tmp_path / "norms.csv"
+    file.write_text("step,l1/another,linf/another\n")
+    status, _, errors = main(*RUN, "plain", "--watch", file)
+    assert status == 2
+    assert last_line(errors) == (
+        f"python -m train: convnorm: path {str(file)!r} has other columns than those of the model's layers"
+    )
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    status, _, errors = main(*RUN, "plain", "--watch", tmp_path / "events")
+    assert status == 2
+    assert "pip install tensorboard" in last_line(errors)
+
+
 def test_a_damaged_checkpoint_is_named(main, tmp_path):
     file = tmp_path / "checkpoints" / f"{CELL.name}.pt"
     file.parent.mkdir()
@@ -241,9 +300,3 @@ def test_a_damaged_checkpoint_is_named(main, tmp_path):
     assert last_line(errors) == (
         f"python -m train: checkpoint {str(file)!r} is damaged, or not one of python -m train run"
     )
-
-
-def test_a_network_that_diverges_is_named(main):
-    status, _, errors = main(*RUN, "plain", "--learning-rate", "1e30")
-    assert status == 2
-    assert last_line(errors).startswith("python -m train: vgg11-plain-seed0 diverged in epoch 1: its loss is ")

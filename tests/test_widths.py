@@ -6,6 +6,7 @@ import pytest
 
 widths = pytest.importorskip("train.widths", reason="away from the source tree")
 cell = pytest.importorskip("train.cell")
+rows = pytest.importorskip("train.rows")
 
 
 def found(width, strength, robust):
@@ -44,15 +45,20 @@ def test_the_page_is_that_of_the_evaluations(tmp_path):
                 file = widths.evaluation(folder, one) / "evaluation.json"
                 file.parent.mkdir(parents=True)
                 file.write_text(json.dumps(found(how.width, one.strength, robust[how.width, one.strength])))
+    lost = {"cell": {"model": "resnet18", "method": "trades", "strength": 3.0, "seed": 0}, "diverged": {"epoch": 2}}
+    lost |= dict.fromkeys(rows.PARTS - lost.keys()) | {"protocol": {"width": 1 / 8}}
+    rows.write(tmp_path / "width-0.125", cell.Cell(**lost["cell"]), lost)
     read = widths.read(tmp_path)
     assert len(read) == len(robust)
     assert (widths.best(read, 1 / 16), widths.best(read, 1 / 8)) == (1.0, 9.0)
-    page = widths.render(read, tmp_path).read_text()
-    assert "| 0.125 | 9 | 50.0 | 40.0 | 25.0 | 15.0 |" in page
+    page = widths.render(tmp_path).read_text()
+    assert (
+        "| 0.125 | 3 | diverged | diverged | diverged | diverged |\n| 0.125 | 9 | 50.0 | 40.0 | 25.0 | 15.0 |" in page
+    )
     assert "β 1 at width 0.0625, β 9 at width 0.125" in page
     assert (tmp_path / "figures" / "widths.svg").exists()
 
 
 def test_nothing_to_show_is_said(tmp_path):
     with pytest.raises(ValueError, match="holds no evaluation"):
-        widths.render(widths.read(tmp_path), tmp_path)
+        widths.render(tmp_path)

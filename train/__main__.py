@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         return options.command(options)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"python -m train: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -49,6 +49,12 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--beta", type=float, help="strength: of decay, ALP and TRADES; what 'clip' clips to")
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--experiment", choices=ALLOWED["experiment"], help="whose protocol (default: the method's)")
+    one.add_argument(
+        "--watch",
+        type=Path,
+        metavar="PATH",
+        help="l1 and linf of all layers at every step: to FILE.csv, or TensorBoard",
+    )
     add_protocol(one)
     one.set_defaults(command=run_one)
 
@@ -141,7 +147,7 @@ def run_one(options: argparse.Namespace) -> int:
     with ranks.joined(options.device) as device:
         board = Board(1, quiet=ranks.rank() > 0)
         with board.shown():
-            row = run(cell, how, data, out, device, lambda news: board.tell(cell, news))
+            row = run(cell, how, data, out, device, lambda news: board.tell(cell, news), options.watch)
         board.ended(cell, row)
     return 0
 
@@ -167,7 +173,7 @@ def folder_of(options: argparse.Namespace) -> Path:
 def run_widths(options: argparse.Namespace) -> int:
     out, failed = folder_of(options), 0
     if options.render:
-        print(widths.render(widths.read(out), out))
+        print(widths.render(out))
         return 0
     data, directory = given(options)
     how = chosen(options, "figure2", data)
@@ -176,7 +182,9 @@ def run_widths(options: argparse.Namespace) -> int:
         failed += fill(missing, Work(part, folder, directory, options.device, options.threads or 1), options)
         for cell in cells:
             place = widths.evaluation(folder, cell)
-            if rows.path(folder, cell).exists() and not (place / "evaluation.json").exists():
+            file = rows.path(folder, cell)
+            trained = file.exists() and "diverged" not in rows.read_one(file)
+            if trained and not (place / "evaluation.json").exists():
                 evaluate.evaluate(
                     folder / "checkpoints" / f"{cell.name}.pt",
                     data,
@@ -187,7 +195,7 @@ def run_widths(options: argparse.Namespace) -> int:
                     out=place,
                     device=torch.device(options.device),
                 )
-    print(widths.render(widths.read(out), out))
+    print(widths.render(out))
     return 1 if failed else 0
 
 

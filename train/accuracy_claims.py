@@ -1,8 +1,9 @@
 """Claims 1 and 2, from Table 2: regularisation improves clean accuracy; the strongest costs robust accuracy.
 
 Every regularised network is compared with the plain one of its model and seed, image by image. Claim 1 takes all
-strengths, and networks that too much of it kept from learning count as well; claim 2 takes the strongest of each
-method, and leaves those out that may be guessing: they have no robustness to lose.
+strengths, and networks that too much of it kept from learning count as well, those that diverged as right about no
+image; claim 2 takes the strongest of each method, and leaves those out that diverged or may be guessing: they have no
+robustness to lose.
 """
 
 from __future__ import annotations
@@ -78,27 +79,29 @@ def _pairs(report: Report, claim: Claim) -> tuple[list[Pair], list[str]]:
     """Every regularised network that can be compared, and in words which cannot and why."""
     pairs, caveats = [], defaultdict(list)
     for model in MODELS:
-        plains = {row["cell"]["seed"]: row for row in report.seeds(model, "plain", None)}
-        for row in (row for setting in claim.settings for row in report.seeds(model, *setting)):
+        plains = {row["cell"]["seed"]: row for row in report.ended(model, "plain", None)}
+        for row in (row for setting in claim.settings for row in report.ended(model, *setting)):
             plain = plains.get(row["cell"]["seed"])
-            if plain is None:
-                caveats["left out: the plain network of their model and seed is missing"].append(row)
-            elif report.at_chance(plain):
-                caveats["left out: the plain network of their model and seed may be guessing"].append(row)
-            elif report.at_chance(row) and claim.which == "robust":
-                caveats["left out: they may be guessing, and have no robustness to lose"].append(row)
+            if doubt := report.doubt(plain):
+                caveats[f"left out: the plain network of their model and seed {doubt}"].append(row)
+            elif (doubt := report.doubt(row)) and claim.which == "robust":
+                caveats[f"left out: they {doubt}, and have no robustness to lose"].append(row)
             else:
                 pairs.append(_pair(row, plain, claim.which))
-                if report.at_chance(row):
+                if "diverged" in row:
+                    caveats["diverged, and count as right about no image"].append(row)
+                elif doubt:
                     caveats["may be guessing, and count: they were regularised until nothing was learnt"].append(row)
     return pairs, [f"{count(rows)} {what}." for what, rows in caveats.items()]
 
 
 def _pair(row: Row, plain: Row, which: str) -> Pair:
-    regularised, unregularised = flags(row[which]), flags(plain[which])
+    unregularised = flags(plain[which])
+    diverged = "diverged" in row
+    regularised = np.zeros_like(unregularised) if diverged else flags(row[which])
     p = mcnemar(regularised, unregularised)  # refuses flags of different images
     differences = regularised.astype(np.int8) - unregularised.astype(np.int8)
-    clean = accuracy(row, "clean") - accuracy(plain, "clean")
+    clean = (0.0 if diverged else accuracy(row, "clean")) - accuracy(plain, "clean")
     return Pair(row["cell"]["model"], row["cell"]["seed"], differences, p, clean)
 
 

@@ -51,7 +51,7 @@ class Work:
         try:
             data = loaded(self.protocol.dataset, self.data)
             run(cell, self.protocol, data, self.out, torch.device(device), lambda told: write_news(news, told))
-        except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        except (ValueError, OSError, ImportError) as error:
             return str(error)
         except Exception:
             return traceback.format_exc()

@@ -25,7 +25,8 @@ from .data import Data, directory_of, inputs, load
 from .evaluation_page import render
 from .made import made_by
 from .measures import STEPS, Spectrum, ascend, confidences, local_lipschitz, margins, robust_and_stable, spectrum
-from .run import AT_ONCE, network, norms_of
+from .run import AT_ONCE, folded_norms_of, norms_of
+from .training import network
 
 ATTACKS = {"standard": STANDARD, "released": RELEASED, "pgd": ("pgd",)}
 RANKS = 201  # of a layer's singular values, evenly from the largest to the smallest, that are kept
@@ -151,6 +152,7 @@ def evaluate(
         "confidence": {"clean": rounded(confidences(logits)), "attacked": rounded(confidences(attacked))},
         "layers": [use.name for use in uses],
         "norms": norms_of(uses, protocol.l2_rtol),
+        "folded": folded_norms_of(model, data, protocol.l2_rtol),
         "spectra": [summary(spectrum(use)) for use in uses],
         "seconds": round(time.perf_counter() - begin, 1),
         "made": made_by(device),

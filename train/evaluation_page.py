@@ -62,6 +62,9 @@ def _sections(found: Found) -> list[str]:
         layers(found),
         "Each layer at its own input size, without batch norm. *c*: singular values of the layer with circular padding "
         "instead, where its own matrix is too large to decompose; the norms are always its own.",
+        "## As the network applies them",
+        "The same norms of each layer and the batch norm that directly follows it, where one does, as one map.",
+        folded(found),
     ]
 
 
@@ -106,6 +109,15 @@ def layers(found: Found) -> str:
         lines.append(line)
     head = ["layer", "l1", "linf", "l2", "singular values", "mean", "deviation", "median", "smallest"]
     return table(head, lines)
+
+
+def folded(found: Found) -> str:
+    columns = (found["folded"][name] for name in ("l1", "linf", "l2"))
+    lines = [
+        [f"`{name}`", f"{l1:.4g}", f"{linf:.4g}", f"{low:.4g} to {high:.4g}"]
+        for name, l1, linf, (low, high) in zip(found["layers"], *columns, strict=True)
+    ]
+    return table(["layer", "l1", "linf", "l2"], lines)
 
 
 def distributions(found: Found, file: Path) -> None:

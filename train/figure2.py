@@ -25,13 +25,16 @@ def render(rows: Iterable[Row], out: Path) -> Path:
     plots.histories(report, norm_claim.NORMS, figures / "figure2-norms")
     for model in MODELS:
         plots.layers(report, model, NORMS, figures / f"figure2-layers-{model}")
-    verdicts = [norm_claim.verdict(report, norm) for norm in norm_claim.NORMS]
+    folded = any("folded" in row for row in report.rows.values())  # older rows are without
+    parts = ["norms", "folded"] if folded else ["norms"]
+    verdicts = [norm_claim.verdict(report, norm, part) for part in parts for norm in norm_claim.NORMS]
     page = out / "figure2.md"
-    page.write_text("\n\n".join(_sections(report, verdicts)) + "\n", encoding="utf-8")
+    sections = _sections(report, verdicts, [norm_claim.CAVEATS[part] for part in parts])
+    page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     return page
 
 
-def _sections(report: Report, verdicts: list[claims.Verdict]) -> list[str]:
+def _sections(report: Report, verdicts: list[claims.Verdict], caveats: list[str]) -> list[str]:
     return [
         "# Figure 2: norms of the layers of adversarially trained networks",
         report.header(),
@@ -46,7 +49,7 @@ def _sections(report: Report, verdicts: list[claims.Verdict]) -> list[str]:
         "## The paper's claim",
         claims.summary(verdicts),
         'The paper\'s text says "comparable or even larger" of a figure that prints no norms.',
-        "\n".join(f"- {caveat}" for caveat in (*report.caveats(), norm_claim.CAVEAT)),
+        "\n".join(f"- {caveat}" for caveat in (*report.caveats(), *caveats)),
         *map(str, verdicts),
         claims.LEGEND,
         "## More figures",
@@ -62,22 +65,14 @@ def networks(report: Report) -> str:
         plain = report.seeds(model, "plain", None)
         for method, strength in report.settings:
             found = report.seeds(model, method, strength)
-            norms = [_norm(found, plain, norm) for norm in norm_claim.NORMS]
-            lines.append(
-                [
-                    MODELS[model],
-                    METHODS[method],
-                    report.written(found, "clean"),
-                    report.written(found, "robust"),
-                    *norms,
-                ]
-            )
+            accuracies = [report.written(model, method, strength, which) for which in ("clean", "robust")]
+            absent = report.absent(model, method, strength)
+            norms = [_norm(found, plain, norm) if found else absent for norm in norm_claim.NORMS]
+            lines.append([MODELS[model], METHODS[method], *accuracies, *norms])
     return table(["", "", "clean", "robust", *(f"{norm} norm" for norm in norm_claim.NORMS)], lines)
 
 
 def _norm(rows: list[Row], plain: list[Row], norm: str) -> str:
-    if not rows:
-        return "missing"
     value = geometric_mean(_norms(rows, norm))
     ratio = f" (x {value / geometric_mean(_norms(plain, norm)):.2f})" if plain and rows != plain else ""
     return f"{value:.3g}{ratio}"

@@ -115,7 +115,11 @@ class Regulariser:
 
     def step(self) -> None:
         """Between ``loss.backward()`` and the next forward pass."""
-        self.optimizer.step()
+        try:
+            self.optimizer.step()
+        except RuntimeError:  # norm decay's, on a CPU, of weights that have diverged: the loss says so too
+            if self.decay is None or all(norm.isfinite() for norm in self.decay.norms.values()):
+                raise
         self.steps += 1
         if self.steps % self.every == 0:
             for use in self.clipped:
@@ -146,6 +150,8 @@ def clip(use: Use, bound: float, variant: str) -> None:
     The release takes the weight of a grouped convolution for that of a plain one.
     """
     weight, kernel = use.module.weight, use.module.kernel_size
+    if not weight.isfinite().all():  # it has diverged, and has no singular values
+        return
     sizes = [max(k, n) for k, n in zip(kernel, use.in_shape, strict=True)]
     padding = [part for k in kernel for part in ((k - 1) // 2, k // 2)]
     groups = use.module.groups if variant == "paper" else 1

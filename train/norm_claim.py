@@ -24,10 +24,12 @@ NORMS = ("linf", "l1", "l2")  # the paper's text, its released code, and the one
 ADVERSARIAL: list[Setting] = [
     (method, strengths[0]) for method, strengths in STRENGTHS["figure2"].items() if method != "plain"
 ]
-CAVEAT = (
-    "A convolution that a batch norm follows can be scaled at will without changing the network: these norms are of "
-    "the weights, and not of the function."
-)
+CAVEATS = {  # by the part of a row that the norms are in
+    "norms": "A convolution that a batch norm follows can be scaled at will without changing the network: these norms "
+    "are of the weights, and not of the function.",
+    "folded": "*With batch norm*: of each layer and the batch norm that directly follows it, where one does, as one "
+    "map, in evaluation.",
+}
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,9 @@ class Comparison:
         return float(self.logarithms.mean())
 
 
-def verdict(report: Report, norm: str) -> Verdict:
-    """For one of the norms, with a line for each model and method."""
-    comparisons, caveats = _comparisons(report, norm)
+def verdict(report: Report, norm: str, part: str = "norms") -> Verdict:
+    """For one of the norms, of the weights or ``folded`` with batch norm, with a line for each model and method."""
+    comparisons, caveats = _comparisons(report, norm, part)
     groups: dict[tuple[str, str], list[Comparison]] = defaultdict(list)
     for comparison in comparisons:
         groups[comparison.model, comparison.method].append(comparison)
@@ -63,36 +65,41 @@ def verdict(report: Report, norm: str) -> Verdict:
                         _ratios(students_t(layers[key])), _ratios(seeds)]  # fmt: skip
             lines.append([MODELS[model], METHODS[key[1]], *line])
     sentence = f"adversarially trained networks have {norm} norms as large or larger"
+    sentence += ", with batch norm" if part == "folded" else ""
     return Verdict(sentence, _here(comparisons, caveats), None, table(head, lines), caveats)
 
 
-def _comparisons(report: Report, norm: str) -> tuple[list[Comparison], list[str]]:
+def _comparisons(report: Report, norm: str, part: str) -> tuple[list[Comparison], list[str]]:
     """Those that mean something, and in words which others do not and why."""
     comparisons, reasons = [], defaultdict(list)
     for model in MODELS:
-        plains = {row["cell"]["seed"]: row for row in report.seeds(model, "plain", None)}
-        for row in (row for setting in ADVERSARIAL for row in report.seeds(model, *setting)):
+        plains = {row["cell"]["seed"]: row for row in report.ended(model, "plain", None)}
+        for row in (row for setting in ADVERSARIAL for row in report.ended(model, *setting)):
             plain = plains.get(row["cell"]["seed"])
-            if reason := _why_not(report, row, plain, norm):
+            if reason := _why_not(report, row, plain, norm, part):
                 reasons[reason].append(row)
             else:
-                logarithms = np.log(norms_of(row, norm) / norms_of(plain, norm))
+                logarithms = np.log(norms_of(row, norm, part) / norms_of(plain, norm, part))
                 cell = row["cell"]
                 comparisons.append(Comparison(cell["model"], cell["method"], cell["seed"], logarithms))
     return comparisons, [f"{count(rows)} left out: {reason}." for reason, rows in reasons.items()]
 
 
-def _why_not(report: Report, row: Row, plain: Row | None, norm: str) -> str:
+def _why_not(report: Report, row: Row, plain: Row | None, norm: str, part: str) -> str:
     if plain is None:
         return "the plain network of their model and seed is missing"
     if row["layers"] != plain["layers"]:
         raise ValueError(f"rows of {row['cell']} and {plain['cell']} name different layers")
+    if "diverged" in row or "diverged" in plain:
+        return "they or the plain one diverged"
     if report.at_chance(row) or report.at_chance(plain):
         return "they or the plain one may be guessing"
     robust = flags(row["robust"]).astype(np.int8) - flags(plain["robust"]).astype(np.int8)
     if over_images(robust).low <= 0:
         return "they were not seen to be more robust than the plain one"
-    values = np.concatenate([norms_of(row, norm), norms_of(plain, norm)])
+    if not (part in row and part in plain):
+        return "their rows or the plain ones are without these norms"
+    values = np.concatenate([norms_of(row, norm, part), norms_of(plain, norm, part)])
     if not (np.isfinite(values).all() and (values > 0).all()):
         return f"an {norm} norm is zero or not finite"
     return ""

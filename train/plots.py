@@ -68,13 +68,14 @@ def accuracies(report: Report, file: Path) -> None:
         panels = figure.subplots(2, len(MODELS))
         for (above, below), model in zip(panels.T, MODELS, strict=True):
             above.set_title(MODELS[model], loc="left")
-            guessing = 0  # their points would be far from all others
+            guessing, diverged = 0, 0  # the points of the first would be far from all others
             for method, settings in _by_method(report).items():
                 ours, theirs = {}, {}  # by place: of the strongest strength 0, then 1, 2, 3
                 for place, setting in enumerate(settings):
                     found = report.seeds(model, *setting)
                     rows = [row for row in found if not report.at_chance(row)]
                     guessing += len(found) - len(rows)
+                    diverged += len(report.lost(model, *setting))
                     if rows:
                         ours[place] = [100 * np.mean([accuracy(row, of) for row in rows]) for of in ("clean", "robust")]
                         _cross(above, ours[place], rows)
@@ -85,8 +86,9 @@ def accuracies(report: Report, file: Path) -> None:
             below.set_xlabel("clean accuracy in %")
             if not above.collections:
                 _missing(above)
-            if guessing:
-                text = f"not shown: {guessing} that may be guessing"
+            hidden = {"may be guessing": guessing, "diverged": diverged}
+            if any(hidden.values()):
+                text = "not shown: " + ", ".join(f"{count} that {what}" for what, count in hidden.items() if count)
                 above.annotate(text, (1, 1.02), xycoords="axes fraction", ha="right", fontsize=8, color="0.4")
         panels[0, 0].set_ylabel("here: robust accuracy in %")
         panels[1, 0].set_ylabel("the paper: robust accuracy in %")
@@ -104,7 +106,9 @@ def histories(report: Report, norms: Sequence[str], file: Path) -> None:
                 _log_ticks(axes.yaxis)
                 for method, settings in _by_method(report).items():
                     for place, (_, strength) in enumerate(settings):
-                        for row in report.seeds(model, method, strength):
+                        for row in report.ended(model, method, strength):
+                            if not row["history"]:  # it diverged in the first epoch
+                                continue
                             epochs = [entry["epoch"] for entry in row["history"]]
                             means = [geometric_mean(middles(entry[norm])) for entry in row["history"]]
                             axes.plot(epochs, means, color=_shade(method, place), lw=1.2, zorder=10 - place,
@@ -133,7 +137,7 @@ def layers(report: Report, model: str, norms: Sequence[str], file: Path) -> None
                     values = _over_seeds(rows, norm)
                     axes.bar(range(1, len(values) + 1), values, 0.8, color=COLOURS[method])
                 else:
-                    _missing(axes)
+                    _missing(axes, report.absent(model, method, strength))
                 if plain:
                     values = _over_seeds(plain, norm)
                     axes.stairs(values, np.arange(len(values) + 1) + 0.5, color=COLOURS["plain"], lw=1, baseline=None)
@@ -174,8 +178,8 @@ def _legend(figure: Any, report: Report, shades: str) -> None:
                   title="method" + several, title_fontsize=9)  # fmt: skip
 
 
-def _missing(axes: Any) -> None:
-    axes.text(0.5, 0.5, "missing", transform=axes.transAxes, ha="center", color="0.5")
+def _missing(axes: Any, word: str = "missing") -> None:
+    axes.text(0.5, 0.5, word, transform=axes.transAxes, ha="center", color="0.5")
 
 
 def _log_ticks(axis: Any) -> None:

@@ -61,9 +61,11 @@ class Board:
 
 
 def summary(row: Row) -> str:
+    seconds = sum(row["seconds"].values())
+    if "diverged" in row:
+        return f"diverged in epoch {row['diverged']['epoch']}, step {row['diverged']['step']}; {seconds:.0f} s"
     clean, robust, norms = row["clean"], row["robust"], row["norms"]
     (low, high), eps = robust["interval"], row["protocol"]["eps"] * 255
-    seconds = sum(row["seconds"].values())
     return (
         f"clean {clean['accuracy']:.1%}, robust {robust['accuracy']:.1%} ({low:.1%} to {high:.1%}) at {eps:.3g}/255, "
         f"largest layer norms l1 {max(norms['l1']):.3g}, linf {max(norms['linf']):.3g}, "

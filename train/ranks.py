@@ -71,6 +71,12 @@ def summed(values: Tensor) -> Tensor:
     return values
 
 
+def least(value: Tensor) -> Tensor:
+    if world() > 1:
+        dist.all_reduce(value, dist.ReduceOp.MIN)
+    return value
+
+
 def average(tensors: Sequence[Tensor]) -> None:
     """In place, over the ranks."""
     flat = torch.cat([tensor.flatten() for tensor in tensors])

@@ -18,10 +18,14 @@ Setting = tuple[str, float | None]  # method, strength
 
 @dataclass(frozen=True)
 class Report:
-    """One experiment's rows: of one protocol, so that they can be compared."""
+    """One experiment's rows: of one protocol, so that they can be compared.
+
+    ``rows`` are those of networks that were trained to the end; those of the others are ``diverged``.
+    """
 
     protocol: Protocol
     rows: dict[Cell, Row]
+    diverged: dict[Cell, Row]
 
     @classmethod
     def of(cls, rows: Iterable[Row], experiment: str) -> Report:
@@ -38,7 +42,9 @@ class Report:
             if cell in found:
                 raise ValueError(f"rows hold {cell.name} twice")
             found[cell] = row
-        return cls(protocol, dict(sorted(found.items(), key=lambda pair: pair[0].name)))
+        by_name = sorted(found.items(), key=lambda pair: pair[0].name)
+        rows, diverged = ({cell: row for cell, row in by_name if ("diverged" in row) == so} for so in (False, True))
+        return cls(protocol, rows, diverged)
 
     @property
     def settings(self) -> list[Setting]:
@@ -47,24 +53,43 @@ class Report:
         return [(method, strength) for method, strengths in methods.items() for strength in strengths]
 
     def seeds(self, model: str, method: str, strength: float | None) -> list[Row]:
-        """The rows of one setting, by seed; empty where it is missing."""
-        found = [cell for cell in self.rows if (cell.model, cell.method, cell.strength) == (model, method, strength)]
-        return [self.rows[cell] for cell in sorted(found, key=lambda cell: cell.seed)]
+        """The rows of one setting, by seed; empty where all are missing or diverged."""
+        return _of_setting(self.rows, (model, method, strength))
+
+    def lost(self, model: str, method: str, strength: float | None) -> list[Row]:
+        """Those of one setting that diverged, by seed."""
+        return _of_setting(self.diverged, (model, method, strength))
+
+    def ended(self, model: str, method: str, strength: float | None) -> list[Row]:
+        """Both."""
+        return self.seeds(model, method, strength) + self.lost(model, method, strength)
+
+    def absent(self, model: str, method: str, strength: float | None) -> str:
+        """Why a setting has no rows."""
+        return "diverged" if self.lost(model, method, strength) else "missing"
 
     @property
     def missing(self) -> list[Cell]:
         """Cells that the protocol asks for and that have no row."""
-        return [cell for cell in self.protocol.cells() if cell not in self.rows]
+        return [cell for cell in self.protocol.cells() if cell not in self._all]
 
     @property
     def several_seeds(self) -> bool:
-        return len({cell.seed for cell in self.rows}) > 1
+        return len({cell.seed for cell in self._all}) > 1
 
     def at_chance(self, row: Row) -> bool:
         """Whether its clean accuracy may be that of guessing."""
         dataset = self.protocol.dataset
         classes = synthetic.CLASSES if dataset == "synthetic" else cifar.SOURCES[dataset].classes
         return wilson(row["clean"]["right"], row["clean"]["images"]).low <= 1 / classes
+
+    def doubt(self, row: Row | None) -> str:
+        """What keeps a network's accuracy from meaning anything, if something does."""
+        if row is None:
+            return "is missing"
+        if "diverged" in row:
+            return "diverged"
+        return "may be guessing" if self.at_chance(row) else ""
 
     @property
     def spread(self) -> str:
@@ -73,10 +98,14 @@ class Report:
             return "mean ± deviation over seeds"
         return "one seed; ± is half of the 95 % interval over images (Wilson)"
 
-    def written(self, rows: Sequence[Row], which: str) -> str:
-        """An accuracy in percent, from the rows of all seeds of one setting."""
+    def written(self, model: str, method: str, strength: float | None, which: str) -> str:
+        """An accuracy of one setting in percent, from all its seeds."""
+        rows, lost = self.seeds(model, method, strength), self.lost(model, method, strength)
         if not rows:
-            return "missing"
+            return self.absent(model, method, strength)
+        return self._accuracy(rows, which) + (f", {len(lost)} diverged" if lost else "")
+
+    def _accuracy(self, rows: Sequence[Row], which: str) -> str:
         percent = [100 * accuracy(row, which) for row in rows]
         if len(rows) > 1:
             return f"{np.mean(percent):.1f} ± {np.std(percent, ddof=1):.1f}"
@@ -88,15 +117,18 @@ class Report:
     def caveats(self) -> list[str]:
         """What stands between this run and any conclusion from it."""
         protocol, found = self.protocol, []
-        if any(row["protocol"]["preset"] == "smoke" for row in self.rows.values()):
+        if any(row["protocol"]["preset"] == "smoke" for row in self._all.values()):
             found.append(
                 f"Preset smoke: networks of {protocol.width:g} times the width, trained for {protocol.epochs} epochs "
                 f"on {protocol.training_images:,} images. What holds for them need not hold at the paper's size."
             )
         if self.missing:
             found.append(
-                f"{len(self.missing)} of {len(protocol.cells())} cells are missing: not trained yet, or diverged."
+                f"{len(self.missing)} of {len(protocol.cells())} cells are missing: not trained yet, or failed."
             )
+        if self.diverged:
+            when = ", ".join(f"{cell.name} (epoch {row['diverged']['epoch']})" for cell, row in self.diverged.items())
+            found.append(f"{len(self.diverged)} of {len(self._all)} networks diverged, and have no accuracy: {when}.")
         if not self.several_seeds:
             found.append(
                 "One seed. Intervals and tests over test images are about these trained networks: they do not say what "
@@ -112,7 +144,7 @@ class Report:
 
     def header(self) -> str:
         """How it was run, as a Markdown list."""
-        protocol, rows = self.protocol, list(self.rows.values())
+        protocol, rows = self.protocol, list(self._all.values())
         made = [row["made"] for row in rows]
         minutes = sum(sum(row["seconds"].values()) for row in rows) / 60
         time = f"{minutes:.2g} minutes" if minutes < 60 else f"{minutes / 60:.1f} hours"
@@ -120,6 +152,7 @@ class Report:
         lines = {
             "cells": f"{len(rows) - self._beyond} of {len(protocol.cells())}"
             + (f", and {self._beyond} more" if self._beyond else "")
+            + (f"; diverged: {_names(list(self.diverged))}" if self.diverged else "")
             + (f"; missing: {_names(self.missing)}" if self.missing else ""),
             "training": f"preset `{protocol.preset}`, variant `{protocol.variant}`, width x {protocol.width:g}, "
             f"{protocol.epochs} epochs of {protocol.training_images:,} images of {protocol.dataset}, batch "
@@ -134,8 +167,17 @@ class Report:
         return "\n".join(f"- **{name}**: {line}" for name, line in lines.items())
 
     @property
+    def _all(self) -> dict[Cell, Row]:
+        return self.rows | self.diverged
+
+    @property
     def _beyond(self) -> int:
-        return len(set(self.rows) - set(self.protocol.cells()))
+        return len(set(self._all) - set(self.protocol.cells()))
+
+
+def _of_setting(rows: dict[Cell, Row], setting: tuple[str, str, float | None]) -> list[Row]:
+    found = [cell for cell in rows if (cell.model, cell.method, cell.strength) == setting]
+    return [rows[cell] for cell in sorted(found, key=lambda cell: cell.seed)]
 
 
 def accuracy(row: Row, which: str) -> float:
@@ -143,9 +185,9 @@ def accuracy(row: Row, which: str) -> float:
     return row[which]["right"] / row[which]["images"]
 
 
-def norms_of(row: Row, norm: str) -> np.ndarray:
-    """One number for each layer; of l2 brackets the middle."""
-    return middles(row["norms"][norm])
+def norms_of(row: Row, norm: str, part: str = "norms") -> np.ndarray:
+    """One number for each layer; of l2 brackets the middle. ``part`` is norms, or folded: with batch norm."""
+    return middles(row[part][norm])
 
 
 def middles(norms: Sequence[float] | Sequence[Sequence[float]]) -> np.ndarray:

@@ -17,7 +17,8 @@ from .cell import Cell, Protocol
 from .statistics import wilson
 
 Row = dict[str, Any]
-PARTS = {"cell", "protocol", "clean", "robust", "layers", "norms", "history", "seconds", "made"}
+PARTS = {"cell", "protocol", "layers", "history", "seconds", "made"}
+FOUND = {"clean", "robust", "norms"}  # of a network that was trained to the end; of the others "diverged" says when
 OF_THE_RUN = ("seeds", "preset")  # fields of a protocol that may differ from row to row
 
 
@@ -47,7 +48,7 @@ def path(out: Path, cell: Cell) -> Path:
 
 def write(out: Path, cell: Cell, row: Row) -> None:
     with replacing(path(out, cell)) as new:
-        new.write_text(json.dumps(row) + "\n")
+        new.write_text(json.dumps(row, allow_nan=False) + "\n")
 
 
 def read(out: Path) -> list[Row]:
@@ -60,8 +61,8 @@ def read_one(file: Path) -> Row:
         row = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"row {str(file)!r} is damaged: {error}") from None
-    if not (isinstance(row, dict) and row.keys() >= PARTS):
-        raise ValueError(f"row {str(file)!r} is none: it must have {', '.join(sorted(PARTS))}")
+    if not (isinstance(row, dict) and row.keys() >= PARTS and ("diverged" in row or row.keys() >= FOUND)):
+        raise ValueError(f"row {str(file)!r} is none: it must have {', '.join(sorted(PARTS | FOUND))}")
     return row
 
 

@@ -1,161 +1,46 @@
 """One cell from its first weights to its row: train, checkpoint after every epoch, attack, write.
 
-All random numbers of an epoch are drawn from (seed, epoch), so that a run which was killed goes on from its last
-checkpoint bit for bit as if it had not been. Under ``torchrun`` every process takes its share of each batch, and of the
-images that are attacked.
+A killed run goes on from its last checkpoint, and within the attacks. One that diverges has a row that says when, and
+no accuracies. Under ``torchrun`` every process takes its share of each batch, and of the images that are attacked.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 import convnorm
-from convnorm.layers import Use, observe
+from convnorm.layers import Use
 
 from . import ranks, rows
 from .attacks import autoattack
 from .cell import Cell, Protocol
-from .data import Data, Images, epoch, inputs
+from .data import Data, Images, inputs
 from .made import made_by
-from .methods import Objective, Regulariser, attacked
-from .models import PAPER
+from .training import Diverged, Tell, Training
 
-FALLS = (74, 89, 99)  # of 120 epochs: from epochs 75, 90 and 100 on the learning rate is a tenth of what it was
 AT_ONCE = 500  # images in evaluation
-TELL_EVERY = 0.5  # seconds
-
-Tell = Callable[[dict[str, Any]], None]
-
-
-class Training:
-    """A network on its way, and what it takes to go on from where it is."""
-
-    def __init__(self, cell: Cell, protocol: Protocol, data: Data, device: torch.device) -> None:
-        self.cell, self.protocol, self.data, self.device = cell, protocol, data, device
-        torch.manual_seed(cell.seed)
-        network = PAPER[cell.model](data.classes, protocol.width)
-        if ranks.world() > 1 and device.type == "cuda":
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        self.network = network.to(device, memory_format=torch.channels_last)
-        # running statistics that ranks have each of their own: only GPUs have a batch norm over all ranks
-        own = ranks.world() > 1 and device.type != "cuda"
-        self.averaged = [buffer for buffer in network.buffers() if own and buffer.is_floating_point()]
-        self.uses = observe(self.network, [1, *data.test.pixels.shape[1:]])
-        self.regulariser = Regulariser(self.network, self.uses, cell, protocol)
-        self.history: list[dict[str, Any]] = []
-
-        self.objective: nn.Module = Objective(self.network, cell)
-        self.under_attack: nn.Module = self.network
-        if ranks.world() > 1:
-            self.objective = DistributedDataParallel(self.objective, broadcast_buffers=False)
-        if protocol.compiled:
-            mode = "reduce-overhead" if device.type == "cuda" else "default"  # CUDA graphs
-            self.objective, self.under_attack = (
-                torch.compile(module, mode=mode) for module in (self.objective, self.under_attack)
-            )
-
-    @property
-    def done(self) -> int:
-        """Epochs."""
-        return len(self.history)
-
-    def one_epoch(self, tell: Tell) -> dict[str, float]:
-        protocol, begin, told = self.protocol, time.perf_counter(), 0.0
-        seed = 1_000_003 * self.cell.seed + self.done
-        generator = torch.Generator(self.device).manual_seed(seed)
-        steps = protocol.training_images // protocol.batch
-        loss_sum, right, count = (torch.zeros((), device=self.device) for _ in range(3))
-        self.network.train()
-        share = (ranks.rank(), ranks.world())
-        batches = epoch(self.data.training, protocol.batch, generator, share=share)  # drawn, on all ranks alike
-        generator.manual_seed(seed + 10_007 * (1 + ranks.rank()))  # for where attacks start, on each rank elsewhere
-        for step, (x, labels) in enumerate(batches, 1):
-            rate = learning_rate(protocol.learning_rate, self.done * steps + step - 1, protocol.epochs * steps)
-            for group in self.regulariser.optimizer.param_groups:
-                group["lr"] = rate
-            with self._precision():
-                x_attacked = attacked(self.under_attack, x, labels, self.cell, protocol, generator)
-            with self._precision():  # another one: the first has kept weights that were cast without a gradient
-                loss, logits = self.objective(x, x_attacked, labels)
-            self.regulariser.optimizer.zero_grad()
-            loss.backward()
-            self.regulariser.step()
-            if self.averaged:
-                ranks.average(self.averaged)
-
-            loss_sum += loss.detach() * len(labels)
-            right += (logits.detach().argmax(1) == labels).sum()
-            count += len(labels)
-            if time.perf_counter() - told > TELL_EVERY:
-                told = time.perf_counter()
-                tell(self._news(step / steps, loss_sum / count, right / count))
-        loss_sum, right, count = ranks.summed(torch.stack([loss_sum, right, count])).tolist()
-        if not loss_sum < float("inf"):
-            raise FloatingPointError(
-                f"{self.cell.name} diverged in epoch {self.done + 1}: its loss is {loss_sum / count}"
-            )
-        return {
-            "epoch": self.done + 1,
-            "learning_rate": rate,
-            "loss": round(loss_sum / count, 5),
-            "training_accuracy": round(right / count, 5),
-            "seconds": round(time.perf_counter() - begin, 2),
-        }
-
-    def _precision(self) -> Any:
-        narrow = self.protocol.precision == "bfloat16"
-        return torch.autocast(self.device.type, torch.bfloat16) if narrow else nullcontext()
-
-    def _news(self, part: float, loss: Tensor, accuracy: Tensor) -> dict[str, Any]:
-        with torch.no_grad():
-            l1 = torch.stack([convnorm.norms(use.layer).l1 for use in self.uses]).median()
-        loss, accuracy, l1 = torch.stack([loss, accuracy, l1]).tolist()
-        whole = (self.done + part) / self.protocol.epochs
-        return {"stage": "training", "part": whole, "loss": loss, "accuracy": accuracy, "median l1": l1}
-
-    def save(self, file: Path) -> None:
-        state = {
-            "cell": asdict(self.cell),
-            "protocol": rows.as_json(self.protocol),
-            "classes": self.data.classes,
-            "model": self.network.state_dict(),
-            "regulariser": self.regulariser.state_dict(),
-            "history": self.history,
-        }
-        with rows.replacing(file) as new:
-            torch.save(state, new)
-
-    def load(self, file: Path) -> None:
-        state = read(file, self.device)
-        rows.check_same(state["protocol"], self.protocol, f"checkpoint {str(file)!r} is")
-        if state["cell"] != asdict(self.cell):
-            raise ValueError(f"checkpoint {str(file)!r} is of another cell, {state['cell']}")
-        self.network.load_state_dict(state["model"])
-        self.regulariser.load_state_dict(state["regulariser"])
-        self.history = state["history"]
-
-
-def learning_rate(first: float, done: int, steps: int) -> float:
-    """
-    >>> [learning_rate(0.1, done, 120) for done in (0, 73, 74, 89, 99)]
-    [0.1, 0.1, 0.01, 0.001, 0.0001]
-    """
-    return first / 10 ** sum(120 * done >= fall * steps for fall in FALLS)
 
 
 def run(
-    cell: Cell, protocol: Protocol, data: Data, out: Path, device: torch.device, tell: Tell = lambda news: None
+    cell: Cell,
+    protocol: Protocol,
+    data: Data,
+    out: Path,
+    device: torch.device,
+    tell: Tell = lambda news: None,
+    watch: Path | None = None,
 ) -> rows.Row:
-    """Trains what is left to train, evaluates, and writes the row to ``out``."""
+    """Trains what is left to train, evaluates, and writes the row to ``out``.
+
+    ``watch`` receives l1 and linf of every layer after each step, as ``convnorm.Recorder`` writes them.
+    """
     torch.backends.cudnn.allow_tf32 = False  # float32 is the reference
     if protocol.batch % ranks.world():
         raise ValueError(f"batch {protocol.batch} is not a multiple of the {ranks.world()} processes")
@@ -168,32 +53,23 @@ def run(
         rows.forget_partial(rows.path(out, cell))
     if checkpoint.exists():
         training.load(checkpoint)
-    while training.done < protocol.epochs:
-        news = training.one_epoch(tell)
-        clean = is_right(training.network, data.test)
-        news["test_accuracy"] = round(clean.float().mean().item(), 5)
-        training.history.append(news | norms_of(training.uses, protocol.l2_rtol))
-        if ranks.rank() == 0:
-            training.save(checkpoint)
-
-    tell({"stage": "attack", "part": 1.0})
-    begin = time.perf_counter()
-    clean = is_right(training.network, data.test)
-    state = checkpoint.with_suffix(f".attack{ranks.rank()}")
-    robust = is_robust(training.network, data.test, protocol, state)
-    last = training.history[-1]
-    row = {
-        "cell": asdict(cell),
-        "protocol": rows.as_json(protocol),
-        "clean": rows.counted(clean.cpu().numpy()),
-        "robust": rows.counted(robust.cpu().numpy()),
+    row = {"cell": asdict(cell), "protocol": rows.as_json(protocol)}
+    try:
+        with recording(training, watch) as recorder:
+            finish(training, checkpoint, tell, recorder)
+    except Diverged as diverged:
+        row |= {"diverged": diverged.when}
+        seconds = {"training": diverged.seconds}
+    else:
+        tell({"stage": "attack", "part": 1.0})
+        begin = time.perf_counter()
+        row |= evaluated(training, checkpoint.with_suffix(f".attack{ranks.rank()}"))
+        seconds = {"training": 0.0, "evaluation": round(time.perf_counter() - begin, 2)}
+    seconds["training"] = round(sum((news["seconds"] for news in training.history), seconds["training"]), 2)
+    row |= {
         "layers": [use.name for use in training.uses],
-        "norms": {name: last[name] for name in ("l1", "linf", "l2")},
         "history": training.history,
-        "seconds": {
-            "training": round(sum(news["seconds"] for news in training.history), 2),
-            "evaluation": round(time.perf_counter() - begin, 2),
-        },
+        "seconds": seconds,
         "made": made_by(device, ranks.world()),
     }
     if ranks.rank() == 0:
@@ -203,13 +79,50 @@ def run(
     return row
 
 
+def recording(training: Training, watch: Path | None) -> AbstractContextManager[convnorm.Recorder | None]:
+    """A recorder that goes on where the training does; ranks have the same weights."""
+    if watch is None or ranks.rank() > 0:
+        return nullcontext()
+    watch.parent.mkdir(parents=True, exist_ok=True)
+    shape = [1, *training.data.test.pixels.shape[1:]]
+    return convnorm.Recorder(training.network, shape, watch, start=training.done * training.steps)
+
+
+def finish(training: Training, checkpoint: Path, tell: Tell, recorder: convnorm.Recorder | None) -> None:
+    """The epochs that are left, a checkpoint after each."""
+    while training.done < training.protocol.epochs:
+        news = training.one_epoch(tell, recorder)
+        clean, finite = is_right(training.network, training.data.test)
+        if not finite:
+            raise Diverged(training.done + 1, training.steps, news["seconds"])
+        news["test_accuracy"] = round(clean.float().mean().item(), 5)
+        training.history.append(news | norms_of(training.uses, training.protocol.l2_rtol))
+        if recorder:
+            recorder.flush()  # what comes before a checkpoint is not done again
+        if ranks.rank() == 0:
+            training.save(checkpoint)
+
+
+def evaluated(training: Training, state: Path) -> rows.Row:
+    """What a row says of a trained network; ``state`` is what the attacks go on from after a kill."""
+    clean, _ = is_right(training.network, training.data.test)
+    robust = is_robust(training.network, training.data.test, training.protocol, state)
+    return {
+        "clean": rows.counted(clean.cpu().numpy()),
+        "robust": rows.counted(robust.cpu().numpy()),
+        "norms": {name: training.history[-1][name] for name in ("l1", "linf", "l2")},
+        "folded": folded_norms_of(training.network, training.data, training.protocol.l2_rtol),
+    }
+
+
 @torch.no_grad()
-def is_right(network: nn.Module, images: Images) -> Tensor:
-    """Image by image, on all ranks the same."""
+def is_right(network: nn.Module, images: Images) -> tuple[Tensor, bool]:
+    """Image by image, on all ranks the same; and whether all logits are finite."""
     network.eval()
     mine = images.pixels[ranks.share(len(images))].split(AT_ONCE)
-    guesses = torch.cat([network(inputs(pixels)).argmax(1) for pixels in mine])
-    return ranks.together(guesses == images.labels[ranks.share(len(images))], len(images))
+    logits = torch.cat([network(inputs(pixels)) for pixels in mine])
+    right = logits.argmax(1) == images.labels[ranks.share(len(images))]
+    return ranks.together(right, len(images)), bool(ranks.least(logits.isfinite().all().float()))
 
 
 def is_robust(network: nn.Module, images: Images, protocol: Protocol, state: Path) -> Tensor:
@@ -244,24 +157,8 @@ def norms_of(uses: Sequence[Use], rtol: float) -> dict[str, list]:
     return {"l1": exact[0], "linf": exact[1], "l2": [list(ends) for ends in zip(lower, upper, strict=True)]}
 
 
-def read(checkpoint: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    try:
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        whole = state.keys() >= {"cell", "protocol", "classes", "model"}
-    except FileNotFoundError:
-        raise FileNotFoundError(f"checkpoint {str(checkpoint)!r} is not there") from None
-    except Exception:  # of many types, and pages long
-        whole = False
-    if not whole:
-        raise ValueError(f"checkpoint {str(checkpoint)!r} is damaged, or not one of python -m train run")
-    return state
-
-
-def network(checkpoint: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, Cell, Protocol]:
-    """In evaluation mode, and what it is."""
-    state = read(checkpoint, device)
-    protocol = Protocol(**state["protocol"] | {"attacks": tuple(state["protocol"]["attacks"])})
-    cell = Cell(**state["cell"])
-    model = PAPER[cell.model](state["classes"], protocol.width)
-    model.load_state_dict(state["model"])
-    return model.to(device, memory_format=torch.channels_last).eval(), cell, protocol
+def folded_norms_of(network: nn.Module, data: Data, rtol: float) -> dict[str, list]:
+    """Of each layer and the batch norm that directly follows it, as the network applies both in evaluation."""
+    found = [row.whole for row in convnorm.report(network, [1, *data.test.pixels.shape[1:]], rtol=rtol).rows]
+    exact = {name: [float(f"{getattr(norms, name):.9g}") for norms in found] for name in ("l1", "linf")}
+    return exact | {"l2": [[norms.l2_lower, norms.l2_upper] for norms in found]}

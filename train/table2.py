@@ -56,9 +56,9 @@ def accuracies(report: Report) -> str:
     for method, strength in report.settings:
         line = [METHODS[method] + ("" if strength is None else f" {strength:g}")]
         for model in MODELS:
-            found = report.seeds(model, method, strength)
             for which, printed in zip(("clean", "robust"), TABLE2[model, method, strength], strict=True):
-                line.append(f"{report.written(found, which)}<br>({'-' if printed is None else printed})")
+                ours = report.written(model, method, strength, which)
+                line.append(f"{ours}<br>({'-' if printed is None else printed})")
         lines.append(line)
     return table(head, lines)
 

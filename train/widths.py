@@ -19,6 +19,8 @@ import numpy as np
 from .cell import Cell, Protocol
 from .plots import drawing
 from .report import image, table
+from .rows import Row
+from .rows import read as read_rows
 
 STRENGTHS = (1.0, 3.0, 9.0)  # β of TRADES
 WIDTHS = {"smoke": (1 / 16, 1 / 8, 1 / 4), "paper": (1 / 4, 1 / 2, 1, 2), "full": (1 / 4, 1 / 2, 1, 2)}
@@ -50,6 +52,11 @@ def read(out: Path) -> list[Found]:
     return [json.loads(file.read_text()) for file in sorted(out.glob("width-*/evaluations/*/evaluation.json"))]
 
 
+def diverged(out: Path) -> list[Row]:
+    """The rows of networks that there is nothing to measure of."""
+    return [row for folder in sorted(out.glob("width-*")) for row in read_rows(folder) if "diverged" in row]
+
+
 def value(found: Found, measure: str) -> float:
     if measure == "lipschitz":
         return float(np.mean(found["local_lipschitz"]))
@@ -67,17 +74,18 @@ def _mean(found: Sequence[Found]) -> float:
     return float(np.mean([value(one, "robust") for one in found]))
 
 
-def render(found: Sequence[Found], out: Path) -> Path:
-    """Writes ``out/widths.md`` and its figure."""
+def render(out: Path) -> Path:
+    """Writes ``out/widths.md`` and its figure, of all that lies in ``out``."""
+    found = read(out)
     if not found:
         raise ValueError(f"folder {str(out)!r} holds no evaluation: there is nothing to show")
     draw(found, out / "figures" / "widths")
     page = out / "widths.md"
-    page.write_text("\n\n".join(_sections(found)) + "\n")
+    page.write_text("\n\n".join(_sections(found, diverged(out))) + "\n")
     return page
 
 
-def _sections(found: Sequence[Found]) -> Iterator[str]:
+def _sections(found: Sequence[Found], diverged: Sequence[Row]) -> Iterator[str]:
     first = found[0]
     protocol, made, images = first["protocol"], first["made"], first["right"]["images"]
     half = np.mean([np.diff(one["robust"]["interval"]) for one in found]) * 50
@@ -98,12 +106,14 @@ def _sections(found: Sequence[Found]) -> Iterator[str]:
         f"β. The largest robust accuracy here: {', '.join(chosen)}."
     )
     yield image("figures/widths", "Accuracy, stability and local Lipschitz constant against width")
-    ordered = sorted(found, key=lambda one: (one["protocol"]["width"], one["cell"]["strength"], one["cell"]["seed"]))
+    ordered = sorted(
+        [*found, *diverged], key=lambda one: (one["protocol"]["width"], one["cell"]["strength"], one["cell"]["seed"])
+    )
     yield table(
         ["width", "β", *MEASURES.values()],
         [
             [f"{one['protocol']['width']:g}", f"{one['cell']['strength']:g}"]
-            + [f"{value(one, measure):.1f}" for measure in MEASURES]
+            + ["diverged" if "diverged" in one else f"{value(one, measure):.1f}" for measure in MEASURES]
             for one in ordered
         ],
     )
