@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import gc
-import math
 import shlex
 import sys
 import time
@@ -91,8 +90,8 @@ class Outcome:
         return cells | {
             "layers": str(len(self.found.rows)),
             "complete": f"no: {len(unmeasured)}, the first {unmeasured[0]}" if unmeasured else "yes",
-            "l1": power(bounds["l1"].upper),
-            "linf": power(bounds["linf"].upper),
+            "l1": power(bounds["l1"].log10_upper),
+            "linf": power(bounds["linf"].log10_upper),
             "no bound": one_line(bounds["l1"].refused.partition("; assume=")[0]),
             "s": short(self.seconds),
         }
@@ -123,9 +122,9 @@ def parameters_of(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def power(upper: float | None) -> str:
+def power(log10: float | None) -> str:
     """The exponent of ten."""
-    return "" if upper is None else f"{math.log10(upper) if upper else -math.inf:.2f}"
+    return "" if log10 is None else f"{log10:.2f}"
 
 
 def one_line(text: str) -> str:
@@ -151,10 +150,9 @@ def summary(rows: Sequence[dict[str, str]]) -> str:
 LEGEND = """\
 `convnorm.report(model, [1, 3, input, input], l2=False, bounds=True)` of models with new weights
 (`torch.manual_seed(0)`), one thread. `complete`: whether every parameter of two or more axes belongs to a row, else how
-many do not, and the first of them. `l1`, `linf`: log10 of the certified Lipschitz bound of the whole network, `inf`
-where that is beyond float64; else, under `no bound`, the node that has no known constant. `s`: seconds of the report,
-without making the model. New weights hold zeros in places, as at the end of residual branches in timm: such a branch
-adds nothing to a bound."""
+many do not, and the first of them. `l1`, `linf`: log10 of the certified Lipschitz bound of the whole network; else,
+under `no bound`, the node that has no known constant. `s`: seconds of the report, without making the model. New weights
+hold zeros in places, as at the end of residual branches in timm: such a branch adds nothing to a bound."""
 
 if __name__ == "__main__":
     main(sys.argv[1:])

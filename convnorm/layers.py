@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .geometry import Geometry, GeometryError, geometry
 from .plan import LayerPlan, layer_plan
+from .unwritten import Unwritten
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -209,6 +210,7 @@ class Use:
 
     @property
     def layer(self) -> Layer:
+        """Its weight as it is now, and the geometry at this size."""
         layer = as_layer(self.module, self.in_shape)
         if not layer.transposed:
             return layer
@@ -262,10 +264,13 @@ class Watch:
         self._uses.setdefault((module, *sizes), Use(name, module, *sizes))
 
 
-def observe(model: nn.Module, *inputs: Tensor | Sequence[int]) -> list[Use]:
+def observe(
+    model: nn.Module, *inputs: Tensor | Sequence[int], within: AbstractContextManager | None = None
+) -> list[Use]:
     """The layers of a model in the order of their use, each once for every input size, for inputs or their shapes.
 
-    Runs the model in evaluation mode on fake tensors: nothing is computed, no statistics change.
+    Runs the model in evaluation mode on fake tensors, ``within`` what else is to watch: nothing is computed, and what
+    the model holds does not change.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 10))
     >>> [(use.name, use.in_shape) for use in observe(model, [1, 3, 8, 8])]
@@ -280,7 +285,12 @@ def observe(model: nn.Module, *inputs: Tensor | Sequence[int]) -> list[Use]:
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     try:
         model.eval()
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        with (
+            torch.no_grad(),
+            FakeTensorMode(allow_non_fake_inputs=True) as fake,
+            Unwritten((*model.parameters(), *model.buffers())),
+            within or nullcontext(),
+        ):
             shapes_as = {"dtype": like.dtype, "device": like.device}
             model(*(fake.from_tensor(x) if isinstance(x, Tensor) else torch.empty(*x, **shapes_as) for x in inputs))
     except (RuntimeError, TypeError, ValueError) as error:

@@ -172,7 +172,7 @@ class Report:
                 rtol=content["rtol"],
                 rows=tuple(map(Row.from_dict, layers)),
                 unmeasured=tuple(content["unmeasured"]),
-                lipschitz={name: LipschitzBound(**bound) for name, bound in content["lipschitz"].items()},
+                lipschitz={name: LipschitzBound.from_dict(bound) for name, bound in content["lipschitz"].items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             where = "text" if text is source else f"file {str(source)!r}"

@@ -52,8 +52,7 @@ def compose(second: Operator, first: Operator) -> Operator:
             return compose(joint, first.first)
         return Product(second, first)
     whole = Product(second, first)
-    merged = _merged(second, first)
-    return Merged(whole, merged) if merged else whole
+    return _either(whole, _merged(second, first))
 
 
 def _merged(second: Operator, first: Operator) -> LayerOperator | None:
@@ -96,8 +95,12 @@ def add(one: Operator, other: Operator) -> Operator:
         right = as_depthwise(scale, left.spatial)
     elif right and not left and (scale := as_factors(one, right)):
         left = as_depthwise(scale, right.spatial)
-    summed = summed_layers(left, right) if left and right else None
-    return Merged(whole, summed) if summed else whole
+    return _either(whole, summed_layers(left, right) if left and right else None)
+
+
+def _either(parts: Operator, layer: LayerOperator | None) -> Operator:
+    """Weights that outgrow float64 make no layer."""
+    return Merged(parts, layer) if layer and layer.layer.weight.isfinite().all() else parts
 
 
 def _rounds(one: Scalar, other: Scalar) -> bool:

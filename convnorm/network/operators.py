@@ -184,6 +184,11 @@ class LayerOperator(Operator):
         sizes = {self.channel: self.layer.out_channels, **self._sizes(self.layer.geometry.out_shape)}
         return tuple(sizes.get(axis, n) for axis, n in enumerate(self.in_shape, 1))
 
+    @property
+    def _detached(self) -> Layer:
+        """Bounds have no gradients."""
+        return replace(self.layer, weight=self.layer.weight.detach())
+
     def _sizes(self, sizes: Sequence[int]) -> dict[int, int]:
         return dict(zip(self.spatial, sizes, strict=True))
 
@@ -205,7 +210,7 @@ class LayerOperator(Operator):
         others = [axis for axis in range(x.dim()) if axis not in first]
         order = [*others, *first]
         moved = x.permute(order)
-        layer = replace(self.layer, weight=self.layer.weight.to("cpu", torch.float64))
+        layer = replace(self.layer, weight=self._detached.weight.to("cpu", torch.float64))
         y = layer(moved.flatten(0, len(others) - 1))
         y = y.unflatten(0, moved.shape[: len(others)])
         return y.permute([order.index(axis) for axis in range(x.dim())])
@@ -213,7 +218,7 @@ class LayerOperator(Operator):
     @cached_property
     def sums(self) -> dict[float, tuple[float, float]]:
         """By ord, the norm and that of the absolute weights."""
-        norms, absolute, slack, scale = measured(admitted(self.layer, (), {}))
+        norms, absolute, slack, scale = measured(admitted(self._detached, (), {}))
         found = {}
         for ord, error in zip((1, math.inf), self.error, strict=True):
             exact, large = (norms.l1, absolute.l1) if ord == 1 else (norms.linf, absolute.linf)
@@ -224,7 +229,7 @@ class LayerOperator(Operator):
     def measure(self, ord: float, rtol: float) -> tuple[float, str]:
         if ord != 2:
             return self.sums[ord][0], "exact"
-        bracket = l2(replace(self.layer, weight=self.layer.weight.detach()), rtol=rtol)
+        bracket = l2(self._detached, rtol=rtol)
         return plus(float(bracket.upper), root(times(*self.error))), bracket.certificate
 
     def absolute(self, ord: float) -> float:

@@ -22,7 +22,9 @@ def certified_radius(logits: Tensor, bound: Bound) -> Tensor:
     as given: what rounding did to them is not in the bound.
 
     >>> import torch
-    >>> bound = Bound(2, upper=2.0, product=2.0, nodes=(), assumed=())
+    >>> from torch import nn
+    >>> from convnorm import lipschitz
+    >>> bound = lipschitz(nn.Upsample(scale_factor=2), [1, 3, 1, 1])
     >>> certified_radius(torch.tensor([[1.0, 5.0, 2.0], [1.0, 1.0, 0.0]]), bound)
     tensor([1.0607, 0.0000], dtype=torch.float64)
     """

@@ -1,4 +1,8 @@
-"""Arithmetic on bounds: every result is at least the exact one, by less than a unit in the last place."""
+"""Arithmetic on bounds: every result is at least the exact one, by less than a unit in the last place.
+
+Of floats it is a float. With a Fraction among them it is a Fraction of about as many digits, whose exponent has no
+limits: bounds of deep networks outgrow float64.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,16 @@ from torch import Tensor
 
 from ..spectral.outward import EPS, norms_from_above
 
+BITS = 53  # of float64
 
-def upward(exact: Fraction) -> float:
+Number = float | Fraction
+
+
+def as_float(exact: Number) -> float:
     """The smallest float64 that is at least a number.
 
-    >>> upward(Fraction(1, 2)), upward(Fraction(1, 10)) >= Fraction(1, 10)
-    (0.5, True)
+    >>> as_float(Fraction(1, 2)), as_float(Fraction(1, 10)) >= Fraction(1, 10), as_float(Fraction(10) ** 400)
+    (0.5, True, inf)
     """
     try:
         rounded = float(exact)
@@ -24,7 +32,25 @@ def upward(exact: Fraction) -> float:
     return rounded if rounded >= exact else math.nextafter(rounded, math.inf)
 
 
-def times(*factors: float) -> float:
+def log10(exact: Number) -> float:
+    """
+    >>> log10(Fraction(10) ** 400) - 400 < 1e-12, log10(0.0)
+    (True, -inf)
+    """
+    if not 0 < exact < math.inf:
+        return exact if exact else -math.inf
+    above, below = (math.log10(part) for part in Fraction(exact).as_integer_ratio())
+    return above - below + 4 * EPS * (above + below)
+
+
+def _upward(exact: Fraction, numbers: Iterable[Number]) -> Number:
+    if not any(isinstance(number, Fraction) for number in numbers):
+        return as_float(exact)
+    unit = Fraction(2) ** (exact.numerator.bit_length() - exact.denominator.bit_length() - BITS)
+    return math.ceil(exact / unit) * unit
+
+
+def times(*factors: Number) -> Number:
     """0 where a factor is 0: an infinite one stands for a number too large for float64.
 
     >>> times(0.1, 3.0) >= Fraction(0.1) * 3
@@ -32,25 +58,26 @@ def times(*factors: float) -> float:
     """
     if 0 in factors:
         return 0.0
-    return math.inf if math.inf in factors else upward(math.prod(map(Fraction, factors)))
+    return math.inf if math.inf in factors else _upward(math.prod(map(Fraction, factors)), factors)
 
 
-def plus(*terms: float) -> float:
-    return math.inf if math.inf in terms else upward(sum(map(Fraction, terms), Fraction()))
+def plus(*terms: Number) -> Number:
+    return math.inf if math.inf in terms else _upward(sum(map(Fraction, terms), Fraction()), terms)
 
 
-def root(square: float) -> float:
+def root(square: Number) -> Number:
     """
-    >>> root(2.0) ** 2 >= 2
-    True
+    >>> root(2.0) ** 2 >= 2, root(Fraction(4) ** 800) == Fraction(2) ** 800
+    (True, True)
     """
     if not 0 < square < math.inf:
         return square
-    rounded = math.sqrt(square)
-    return rounded if Fraction(rounded) ** 2 >= Fraction(square) else math.nextafter(rounded, math.inf)
+    exact = Fraction(square)
+    unit = Fraction(2) ** ((exact.numerator.bit_length() - exact.denominator.bit_length()) // 2 - BITS - 8)
+    return _upward((math.isqrt(math.ceil(exact / unit**2) - 1) + 1) * unit, [square])
 
 
-def joined(norms: Iterable[float], ord: float) -> float:
+def joined(norms: Iterable[Number], ord: float) -> Number:
     """The l_ord norm of a vector of parts that have these norms.
 
     >>> [joined([3.0, 4.0], ord) for ord in (1, 2, math.inf)]

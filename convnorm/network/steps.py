@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 
 from .merge import add, compose
 from .operators import Operator, Scalar, Shape, Stack
-from .rounding import joined, plus, times
+from .rounding import Number, joined, plus, times
 
 
 @dataclass(eq=False)
@@ -35,7 +36,7 @@ class Step:
         """The Lipschitz constant of the operation by itself, where it has one input, and what shows it."""
         return None, ""
 
-    def pass_on(self, bounds: list[float], ord: float, rtol: float) -> float:
+    def pass_on(self, bounds: list[Number], ord: float, rtol: float) -> Number:
         """A bound of the output, from those of the inputs."""
         constant, _ = self.constant(ord, rtol)
         assert constant is not None
@@ -49,8 +50,8 @@ class Step:
 class Input(Step):
     """One of the network's inputs, as a part of all of them."""
 
-    def pass_on(self, bounds: list[float], ord: float, rtol: float) -> float:
-        return 1.0
+    def pass_on(self, bounds: list[Number], ord: float, rtol: float) -> Number:
+        return Fraction(1)
 
 
 @dataclass(eq=False)
@@ -87,7 +88,7 @@ class Joint(Step):
     def constant(self, ord: float, rtol: float) -> tuple[float, str]:
         return self.factor, self.how
 
-    def pass_on(self, bounds: list[float], ord: float, rtol: float) -> float:
+    def pass_on(self, bounds: list[Number], ord: float, rtol: float) -> Number:
         return times(self.factor, joined(bounds, ord))
 
 
@@ -107,7 +108,7 @@ class Concatenation(Joint):
 class Sum(Step):
     """Of two inputs of its own shape."""
 
-    def pass_on(self, bounds: list[float], ord: float, rtol: float) -> float:
+    def pass_on(self, bounds: list[Number], ord: float, rtol: float) -> Number:
         return plus(*bounds)
 
     @cached_property

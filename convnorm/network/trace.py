@@ -254,9 +254,9 @@ class Walk:
         if not isinstance(target, torch._ops.OpOverload):
             return Value(target(*args, **kwargs))
         storage = self.storage_of(node)
-        if _writes(node):
+        if _writes(node) or "_norm" in _operation(node):  # of the batch writes statistics, which its schema conceals
             args = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, args)
-            storage.version += 1
+        storage.version += _writes(node)
         return Value(target(*args, **kwargs), storage, storage.version)
 
     def assumed(self, node: fx.Node, name: str) -> Step | None:

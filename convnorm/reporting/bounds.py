@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +21,21 @@ ROUGH = 0.1  # how near each l2 norm in a bound is sought: the bound of a deep n
 
 @dataclass(frozen=True)
 class LipschitzBound:
-    """Certified; ``product`` without composing linear operations. Both None where ``refused`` says why."""
+    """Certified; ``product`` without composing linear operations, both inf where float64 ends, which their logarithms
+    do not. All None where ``refused`` says why.
+    """
 
-    upper: float | None
-    product: float | None
+    upper: float | None = None
+    product: float | None = None
+    log10_upper: float | None = None
+    log10_product: float | None = None
     refused: str = ""
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> LipschitzBound:
+        """Of its fields by name, also by way of JSON, where inf is a string."""
+        numbers = {name: value and float(value) for name, value in values.items() if name != "refused"}
+        return LipschitzBound(**numbers, refused=values["refused"])
 
 
 def lipschitz_bounds(
@@ -37,7 +47,10 @@ def lipschitz_bounds(
         traced = network.trace(model, *inputs)
         found = {name: network.lipschitz(traced, ord=ord, rtol=max(rtol, ROUGH)) for name, ord in ords.items()}
     except GeometryError as error:
-        return dict.fromkeys(ords, LipschitzBound(None, None, str(error).removeprefix("convnorm: ")))
+        return dict.fromkeys(ords, LipschitzBound(refused=str(error).removeprefix("convnorm: ")))
     finally:
         gc.collect()  # an exported program refers to itself, and so would keep the weights
-    return {name: LipschitzBound(bound.upper, bound.product) for name, bound in found.items()}
+    return {
+        name: LipschitzBound(bound.upper, bound.product, bound.log10_upper, bound.log10_product)
+        for name, bound in found.items()
+    }

@@ -1,8 +1,9 @@
 """The layers of a model in forward order, and the batch norm that directly follows each.
 
 Modules whose ``forward`` is PyTorch's own are taken by what they are, padding included. Everywhere else the functions
-are watched, ``F.conv2d(x, weight)`` and the like: where ``weight`` is a parameter or buffer of the model, the call is a
-layer. So are the modules that other libraries derive, which pad or cast in a ``forward`` of their own.
+are watched, ``F.conv2d(x, weight)`` and the like: where ``weight`` is a parameter or buffer of the model, or computed
+from them alone, the call is a layer. So are the modules that other libraries derive, which pad, cast or standardise in
+a ``forward`` of their own. A weight that depends on the input makes no layer.
 """
 
 from __future__ import annotations
@@ -10,18 +11,22 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from ..geometry import GeometryError
 from ..layers import LAYERS, Layer, Use, naming, observe
+from ..unwritten import ASSIGN
 from .calls import BatchNorm, Found, called_layer, is_vector, multiplier
+from .computed import Computations, Computed, Drawn
 
 PLAIN = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
@@ -45,8 +50,7 @@ def find(model: nn.Module, *inputs: Tensor | Sequence[int]) -> tuple[list[Found]
     """
     seen = Seen(model)
     try:
-        with seen:
-            observe(model, *inputs)
+        observe(model, *inputs, within=seen)
     except GeometryError:
         raise
     except Exception as error:  # whatever the model's own code raises
@@ -96,6 +100,7 @@ class Place:
     name: str
     kind: str
     layer: Callable[[], Layer]  # to be called when nothing is fake any more
+    held: list[Tensor]  # parameters and buffers that it is made of
     outputs: list[Output] = field(default_factory=list)
 
 
@@ -111,11 +116,12 @@ class Seen(TorchFunctionMode):
         self._owners = {
             id(module._parameters.get("weight")): module for module in model.modules() if isinstance(module, LAYERS)
         }
+        self._computed = Computations((*model.parameters(), *model.buffers()))
         self._places: dict[Any, Place] = {}
         self._outputs: dict[int, Output] = {}
-        self._inside = False  # of a module that is taken as a whole
+        self._inside = 0  # so many modules that are taken as a whole: a parametrization may be one within one
         self._covered: set[int] = set()  # parameters of layers
-        self._hooks = []
+        self._hooks = [model.register_forward_pre_hook(lambda model, args: self._computed.forget())]  # of its inputs
         for name, module in model.named_modules():
             if isinstance(module, LAYERS) and _runs_as_pytorch(module):
                 self._hooks.append(module.register_forward_pre_hook(self._enter))
@@ -130,8 +136,12 @@ class Seen(TorchFunctionMode):
         found = []
         for place in self._places.values():
             with torch.no_grad(), evaluating(self._model), naming(place.name):
-                layer = place.layer()
+                try:
+                    layer = place.layer()
+                except Drawn:
+                    continue
                 _ = layer.geometry  # refuses what is no layer
+            self._covered.update(map(id, place.held))
             found.append(Found(place.name, place.kind, layer, len(place.outputs), self._batch_norm(place, layer)))
         return found
 
@@ -142,26 +152,39 @@ class Seen(TorchFunctionMode):
     # --- while the model runs ----------------------------------------------------------------------------------------
 
     def _enter(self, module: nn.Module, args: tuple) -> None:
-        self._inside = True
+        self._inside += 1
 
     def _leave(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], y: Tensor) -> None:
-        self._inside = False
+        self._inside -= 1
         x = args[0] if args else kwargs["input"]
         spatial = 0 if isinstance(module, nn.Linear) else len(module.kernel_size)
         sizes = tuple(x.shape[x.dim() - spatial :]), tuple(y.shape[y.dim() - spatial :])
         kind = next(kind.__name__ for kind in LAYERS if isinstance(module, kind))
         use = Use(name, module, *sizes)
-        self._covered.update(map(id, module.parameters()))
-        self._returned((module, *sizes), Place(name, kind, lambda: use.layer), y)
+        weight = vars(module).get("weight")  # by a hook, which keeps that of the last true run (weight_norm)
+        weight = weight if isinstance(weight, FakeTensor) else module._parameters.get("weight")
+        source = None if weight is None else self._computed.of(weight)
+        if weight is not None and source is None:
+            return
+
+        def layer() -> Layer:
+            return replace(use.layer, weight=source.value()) if isinstance(source, Computed) else use.layer
+
+        self._returned((module, *sizes), Place(name, kind, layer, list(module.parameters())), y)
 
     def __torch_function__(
         self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # as flex_attention does: it would trace what is below
+            return func(*args, **kwargs)
+        if func == ASSIGN:
+            self._computed.assign(*args)
         result = func(*args, **kwargs)
         if next(_tensors([result]), None) is None:  # sizes and the like were asked for
             return result
         self._consumed((args, kwargs), (func, args, kwargs))
+        self._computed.note(func, args, kwargs, result)
         if func in FUNCTIONS and not self._inside:
             self._call(func, dict(zip(FUNCTIONS[func], args, strict=False)) | kwargs, result)
         return result
@@ -175,16 +198,31 @@ class Seen(TorchFunctionMode):
     def _call(self, func: Callable, arguments: dict[str, Any], y: Tensor) -> None:
         """Of a function of its own, not within a module of PyTorch."""
         x, weight = arguments["input"], arguments["weight"]
-        name = self._names.get(id(weight))
-        if name is None or weight.dim() < 2:  # computed from something, and fake
+        source = self._computed.of(weight)
+        if source is None or weight.dim() < 2 or self._computed.of(x) is not None:  # what is computed may be a weight
             return
-        owner = self._owners.get(id(weight))
-        kind = type(owner).__name__ if owner else func.__name__
+        held = source.held() if isinstance(source, Computed) else [weight]
+        if not held:  # the same in every model
+            return
+        name, kind = self._described(held)
         shapes = tuple(x.shape), tuple(y.shape)
         options = {key: value for key, value in arguments.items() if key not in ("input", "weight", "bias")}
-        layer = partial(called_layer, weight, shapes[0], options, FUNCTIONS[func] is TRANSPOSED)
-        self._covered.add(id(weight))
-        self._returned((id(weight), *shapes, str(options)), Place(name.removesuffix(".weight"), kind, layer), y)
+        transposed = FUNCTIONS[func] is TRANSPOSED
+
+        def layer() -> Layer:
+            value = source.value() if isinstance(source, Computed) else source
+            return called_layer(value, shapes[0], options, transposed)
+
+        self._returned((id(source), *shapes, str(options)), Place(name, kind or func.__name__, layer, held), y)
+
+    def _described(self, held: Sequence[Tensor]) -> tuple[str, str]:
+        """A name, which several parameters have in common, and the type of module that they are weights of, if one."""
+        held = [x for x in held if not is_vector(x)] or held
+        names = [self._names[id(x)] for x in held]
+        shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*(name.split(".") for name in names), strict=False))
+        name = ".".join(parts[0] for parts in shared) or names[0]
+        owners = {type(owner).__name__ for x in held if (owner := self._owners.get(id(x)))}
+        return name.removesuffix(".weight"), owners.pop() if len(owners) == 1 else ""
 
     def _returned(self, key: tuple, place: Place, y: Tensor) -> None:
         output = Output(y)

@@ -60,15 +60,11 @@ def lipschitz(report: Report) -> list[str]:
     known = {name: bound for name, bound in report.lipschitz.items() if not bound.refused}
     if known:
         texts = [
-            f"{name} {power_of_ten(log10(bound.upper))} (not composed {power_of_ten(log10(bound.product))})"
+            f"{name} {power_of_ten(bound.log10_upper)} (not composed {power_of_ten(bound.log10_product)})"
             for name, bound in known.items()
         ]
         return [f"Lipschitz constant at most: {', '.join(texts)}"]
     return [f"no Lipschitz bound: {bound.refused}" for bound in list(report.lipschitz.values())[:1]]
-
-
-def log10(value: float) -> float:
-    return math.log10(value) if value else -math.inf
 
 
 def fitted(
