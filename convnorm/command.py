@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from . import loading
-from .comparison import compare
+from .comparison import Comparison, compare
 from .report import Report, report
 from .reporting.measure import Progress
 from .reporting.optional import optional
@@ -30,7 +30,6 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     one.add_argument("model", metavar="MODEL", help="see below")
     _add_options(one)
     one.add_argument("--bounds", action="store_true", help="also certified Lipschitz constants of the whole network")
-    one.add_argument("--html", metavar="FILE", help="write a self-contained page")
     one.set_defaults(run=run_report)
     several = commands.add_parser(
         "compare",
@@ -52,6 +51,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-batch-norm", action="store_true", help="without norms that include batch norms")
     for kind in ("json", "csv"):
         parser.add_argument(f"--{kind}", metavar="FILE", help=f"write it as {kind.upper()}")
+    parser.add_argument("--html", metavar="FILE", help="write a self-contained page")
     parser.add_argument("--plot", metavar="FILE", help="draw it, as .png, .svg or .pdf")
 
 
@@ -119,16 +119,16 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"convnorm: --input {options.input}: an exported program brings its own sizes")
     if options.plot:
         optional("matplotlib")
-    for path in filter(None, (options.json, options.csv, options.plot, getattr(options, "html", None))):
+    for path in filter(None, (options.json, options.csv, options.html, options.plot)):
         if not Path(path).parent.is_dir():
             raise FileNotFoundError(f"convnorm: folder {str(Path(path).parent)!r} of {path!r} is not there")
     if options.plot and Path(options.plot).suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"convnorm: --plot {options.plot!r} must end in .png, .svg or .pdf")
 
 
-def _write(found: object, options: argparse.Namespace) -> None:
+def _write(found: Report | Comparison, options: argparse.Namespace) -> None:
     for kind in ("json", "csv", "html"):
-        if path := getattr(options, kind, None):
+        if path := getattr(options, kind):
             getattr(found, f"to_{kind}")(path)
     if options.plot:
         found.plot(options.plot)

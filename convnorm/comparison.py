@@ -64,8 +64,17 @@ class Comparison:
         others = [{row.name for row in one.rows} for one in self.reports[1:]]
         return list(dict.fromkeys(row.name for row in self.reports[0].rows if all(row.name in own for own in others)))
 
+    @property
+    def ords(self) -> dict[str, float]:
+        """Of norms that all of them have: l2 only where none left it out."""
+        measured = all(one.rtol is not None for one in self.reports)
+        return {name: ord for name, ord in ORDS.items() if ord != 2 or measured}
+
     def totals(self) -> list[dict[str, Any]]:
-        """For each report: layers, parameters, the median, largest norm and log10 of the product of norms."""
+        """For each report: layers, parameters, and of l1, linf and l2 the median, the largest and log10 of the product.
+
+        NaN is left out of the first two; no product is known then.
+        """
         return [
             {"title": one.title, "layers": len(one.rows), "parameters": one.parameters}
             | {f"{name}_{what}": value for name, ord in ORDS.items() for what, value in _spread(one, ord).items()}
@@ -74,13 +83,11 @@ class Comparison:
 
     def layers(self, ord: float) -> list[dict[str, Any]]:
         """A row for each layer that all have, and its norm in each: the largest, if it is used at several sizes."""
-        rows = []
-        for name in self.names:
-            each = [[row.whole.norm(ord) for row in one.rows if row.name == name] for one in self.reports]
-            rows.append({"layer": name, "norms": [None if None in own else max(own) for own in each]})
-        return rows
+        each = [_by_name(one, ord) for one in self.reports]
+        return [{"layer": name, "norms": [_largest(own[name]) for own in each]} for name in self.names]
 
     def to_json(self, path: str | Path | None = None) -> str:
+        """Totals, and the layers that all have with their norms in each. NaN and inf are strings."""
         content = {"totals": self.totals()} | {name: self.layers(ord) for name, ord in ORDS.items()}
         return written(json.dumps(finite(content), indent=1, allow_nan=False) + "\n", path)
 
@@ -95,6 +102,12 @@ class Comparison:
                     if value is not None:
                         writer.writerow([row["layer"], name, one.title, value])
         return written(stream.getvalue(), path)
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """A page that needs nothing but itself."""
+        from .reporting.compared_page import compared_page
+
+        return written(compared_page(self), path)
 
     def table(self, width: int = 100) -> Table:
         """What they are as wholes. For a terminal, by rich."""
@@ -119,6 +132,11 @@ class Comparison:
 
         return as_text(self.table())
 
+    def _repr_html_(self) -> str:
+        from .reporting.compared_page import compared_fragment
+
+        return compared_fragment(self)
+
 
 def _spread(one: Report, ord: float) -> dict[str, float | None]:
     norms = [row.whole.norm(ord) for row in one.rows]
@@ -128,3 +146,18 @@ def _spread(one: Report, ord: float) -> dict[str, float | None]:
         "max": max(known) if known else None,
         "log10_product": one.log10_product(ord),
     }
+
+
+def _by_name(one: Report, ord: float) -> dict[str, list[float | None]]:
+    """The norms of each layer, at all sizes that it is used at."""
+    found: dict[str, list[float | None]] = {}
+    for row in one.rows:
+        found.setdefault(row.name, []).append(row.whole.norm(ord))
+    return found
+
+
+def _largest(norms: list[float | None]) -> float | None:
+    """None where one is not known, NaN where one is NaN: either could be the largest."""
+    if None in norms:
+        return None
+    return math.nan if any(map(math.isnan, norms)) else max(norms)

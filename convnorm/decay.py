@@ -172,6 +172,7 @@ class NormDecay:
 
     @property
     def beta(self) -> float | Mapping[str, float]:
+        """As it is now. It may be set, also to a schedule: a function of the number of the step."""
         return self._beta
 
     @beta.setter
@@ -197,6 +198,7 @@ class NormDecay:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a ``state_dict()`` of the same options and layers. A schedule of beta is not in it, and stays."""
         for name in ("ord", "momentum", "variant"):
             if state[name] != getattr(self, name):
                 raise ValueError(f"convnorm: {name} {getattr(self, name)!r} is {state[name]!r} in the state")
@@ -336,6 +338,7 @@ class NormDecay:
             _warn(f"the weight of layer {what}: norm decay follows it{lost}")
 
     def warn_of_missing(self, optimizer: torch.optim.Optimizer) -> None:
+        """Of layers whose weights this optimizer does not hold."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         weights = {use.name: use.module._parameters.get("weight") for use in self.uses}
         missing = [repr(name) for name, w in weights.items() if w is not None and w.requires_grad and id(w) not in held]

@@ -48,6 +48,7 @@ class SGD(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Norm decay and the optimizer's step. What ``closure`` returns, if there is one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -110,6 +110,7 @@ class Recorder:
             self._file.write(steps, together[:, :, torch.tensor(self._members).argsort()].mT.tolist())
 
     def close(self) -> None:
+        """Write what is left, and close the file."""
         self.flush()
         self._file.close()
 

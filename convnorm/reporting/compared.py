@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from .table import fitted
-from .text import number, power_of_ten, shortened
+from .text import number, power_of_ten, ratio_of, ratio_text, shortened
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,7 +19,7 @@ NAMES = {1: "l1", 2: "l2, upper bound", math.inf: "linf"}
 
 def totals_table(comparison: Comparison, width: int) -> Table:
     """A line for each report."""
-    norms = ["l1", "linf", *(["l2"] if all(one.rtol is not None for one in comparison.reports) else [])]
+    norms = list(comparison.ords)
     heads = ["layers", "param-\neters", *(f"{name}\n{what}" for name in norms for what in ("median", "max", "product"))]
     lines = []
     for one in comparison.totals():
@@ -41,8 +41,7 @@ def layer_table(comparison: Comparison, ord: float, width: int) -> Table:
         first, *others = row["norms"]
         values = [number(first)]
         for other in others:
-            ratio = other / first if first and other is not None else None
-            values += [number(other), "" if ratio is None else f"{ratio:.2f}"]
+            values += [number(other), ratio_text(ratio_of(first, other))]
         lines.append((row["layer"], values, ""))
     return fitted(heads, lines, width, NAMES[ord], f"{len(lines)} layers that all have, by name")
 

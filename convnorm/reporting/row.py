@@ -25,6 +25,7 @@ class Measured:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Measured:
+        """Of its fields by name, also by way of JSON."""
         numbers = ("l1", "linf", "l2_lower", "l2_upper")  # NaN and inf are strings in JSON
         return Measured(**values | {name: values[name] and float(values[name]) for name in numbers})
 
@@ -63,10 +64,12 @@ class Row:
         return self.folded or self.norms
 
     def to_dict(self) -> dict[str, Any]:
+        """As ``to_json`` of the report writes it."""
         return asdict(self)
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Row:
+        """Of what ``to_dict`` gave, also by way of JSON."""
         given = {name: _tuples(value) for name, value in values.items()}
         given["norms"] = Measured.from_dict(given["norms"])
         given["folded"] = given["folded"] and Measured.from_dict(given["folded"])

@@ -56,6 +56,21 @@ def percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f}%"
 
 
+def ratio_of(first: float | None, other: float | None) -> float | None:
+    """None where it has no meaning: to 0, or of what is not known."""
+    return other / first if first and other is not None else None
+
+
+def ratio_text(ratio: float | None) -> str:
+    """
+    >>> ratio_text(0.5), ratio_text(0.00123), ratio_text(12345.0), ratio_text(0.0), ratio_text(None)
+    ('0.50', '0.0012', '1.2e+04', '0.00', '')
+    """
+    if ratio is None:
+        return ""
+    return f"{ratio:.2f}" if not ratio or 0.1 <= ratio < 1000 else f"{ratio:.2g}"
+
+
 def geometry(row: Row) -> str:
     """Stride, padding, dilation and groups where they are not the default: s2 p1 g32."""
     return " ".join(f"{letter}{value}" for letter, value in _options(row, 1))

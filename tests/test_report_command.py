@@ -1,0 +1,199 @@
+"""The promise: ``python -m convnorm report`` and ``compare`` take what a model is kept in, or refuse it in one line."""
+
+import csv
+import io
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from reported import SHAPE, trained
+from torch import nn
+
+import convnorm
+from convnorm import __main__ as command
+from convnorm import loading
+from convnorm.comparison import compare
+from convnorm.report import Report, report
+
+NETWORKS = """
+import torch
+from torch import nn
+
+def network(width=8):
+    torch.manual_seed(0)
+    return unseeded(width)
+
+def unseeded(width=8):
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.Flatten(), nn.Linear(36 * width, 2))
+
+def wide():
+    return network(9)
+
+def reads_values():
+    for rate in torch.linspace(0, 1, 3):
+        rate.item()
+    return network()
+
+def fails():
+    raise RuntimeError("no such luck")
+
+def unsaved_buffer():
+    model = network()
+    model.register_buffer("scale", torch.ones(1), persistent=False)
+    return model
+
+def number():
+    return 3
+"""
+INPUT = ["--input", "3", "8", "8"]
+
+
+@pytest.fixture
+def networks(tmp_path, monkeypatch):
+    """A module ``networks``, and its checkpoints and programs, in the working directory."""
+    (tmp_path / "networks.py").write_text(NETWORKS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    import networks
+
+    torch.manual_seed(5)
+    model = trained(networks.network())
+    nn.init.normal_(model[3].weight)
+    torch.save(model.state_dict(), "weights.pt")
+    torch.save(model.state_dict(), "old.pt", _use_new_zipfile_serialization=False)
+    nested = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": nested}, "nested.pt")
+    torch.save({"epoch": 3}, "none.pt")
+    Path("text.pt").write_text("no checkpoint")
+    torch.export.save(torch.export.export(model, (torch.randn(SHAPE),)), "program.pt2")
+    Path("text.pt2").write_text("no program")
+    Path("text.json").write_text("no report")
+    yield model
+    sys.modules.pop("networks", None)
+
+
+def test_the_command_shows_and_writes_a_report(networks, capsys):
+    pytest.importorskip("rich")
+    pytest.importorskip("matplotlib")
+    files = [f"--{kind}={kind}.{kind}" for kind in ("json", "csv", "html")]
+    assert command.main(["report", "networks:network", *INPUT, "--plot=plot.svg", *files]) == 0
+    printed = capsys.readouterr()
+    found = Report.from_json("json.json")
+    assert found.title == "networks:network"
+    assert all(any(line.startswith(f"{row.name} ") for line in printed.out.splitlines()) for row in found.rows)
+    assert printed.err == ""  # no progress bar where there is no terminal
+    assert Path("csv.csv").read_text() == found.to_csv()
+    assert Path("html.html").read_text() == found.to_html()
+    assert Path("plot.svg").read_text().startswith("<?xml")
+
+
+CHECKPOINTS = ("weights.pt=networks:network", "old.pt=networks:network", "nested.pt=networks:network")
+MADE_TWICE = ("weights.pt=networks:reads_values", "weights.pt=networks:unsaved_buffer")
+
+
+@pytest.mark.parametrize("name", [*CHECKPOINTS, *MADE_TWICE, "program.pt2"])
+def test_the_command_takes_checkpoints_and_programs(networks, name, capsys):
+    pytest.importorskip("rich")
+    given = [] if name.endswith("pt2") else INPUT
+    assert command.main(["report", name, *given, "--no-l2", "--json", "found.json"]) == 0
+    expected = report(networks, SHAPE, l2=False)
+    assert Report.from_json("found.json").rows == expected.rows
+
+
+def test_a_checkpoint_stays_in_its_file(networks):
+    """No weights are drawn, none are copied."""
+    before = torch.get_rng_state()
+    model = loading.load_model("weights.pt=networks:unseeded")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(model[0].weight, networks[0].weight)
+    if (maps := Path("/proc/self/maps")).exists():
+        assert "weights.pt" in maps.read_text()
+
+
+def test_the_command_compares(networks, capsys):
+    pytest.importorskip("rich")
+    assert command.main(["report", "networks:wide", *INPUT, "--no-l2", "--json", "wide.json"]) == 0
+    models = ["networks:network", "weights.pt=networks:network", "wide.json"]
+    files = ["--csv", "all.csv", "--html", "all.html"]
+    assert command.main(["compare", *models, *INPUT, "--no-l2", "--layers", "linf", *files]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for title in ("networks:network", "weights.pt", "networks:wide"):
+        assert any(line.startswith(f"{title} ") for line in lines)
+    reports = [
+        report(loading.load_model(model), SHAPE, l2=False, title=model.partition("=")[0]) for model in models[:2]
+    ]
+    assert Path("all.html").read_text() == compare([*reports, Report.from_json("wide.json")]).to_html()
+    read = list(csv.DictReader(io.StringIO(Path("all.csv").read_text())))
+    assert {line["title"] for line in read} == {"networks:network", "weights.pt", "networks:wide"}
+
+
+WRONG = {
+    "unknown module": ["nowhere:network", *INPUT],
+    "unknown factory": ["networks:nothing", *INPUT],
+    "factory that fails": ["networks:fails", *INPUT],
+    "no module": ["networks:number", *INPUT],
+    "no input": ["networks:network"],
+    "wrong channels": ["networks:network", "--input", "4", "8", "8"],
+    "wrong size": ["networks:network", "--input", "3", "9", "8"],
+    "too few sizes": ["networks:network", "--input", "3"],
+    "no file": ["nothing.pt=networks:network", *INPUT],
+    "no program file": ["nothing.pt2"],
+    "checkpoint of another model": ["weights.pt=networks:wide", *INPUT],
+    "no state dict": ["none.pt=networks:network", *INPUT],
+    "no checkpoint": ["text.pt=networks:network", *INPUT],
+    "no program": ["text.pt2"],
+    "sizes for a program": ["program.pt2", *INPUT],
+    "no report": ["text.json"],
+    "no folder": ["networks:network", *INPUT, "--json", "nowhere/report.json"],
+    "no picture": ["networks:network", *INPUT, "--plot", "plot.txt"],
+    "rtol": ["networks:network", *INPUT, "--rtol", "0"],
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("what", WRONG)
+def test_the_command_refuses_in_one_line(networks, what, capsys):
+    pytest.importorskip("rich")
+    assert command.main(["report", *WRONG[what]]) == 2
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert line.startswith("convnorm: ")
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize(("package", "name"), [("torchvision", "resnet18"), ("timm", "timm:resnet18")])
+def test_a_missing_package_is_named(networks, package, name, capsys, monkeypatch):
+    pytest.importorskip("rich")
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert command.main(["report", name, *INPUT]) == 2
+    assert "is not installed: pip install" in capsys.readouterr().err
+
+
+def test_the_command_runs_from_a_shell(networks, tmp_path):
+    pytest.importorskip("rich")
+    paths = [tmp_path, Path(convnorm.__file__).parents[1]]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+    line = [sys.executable, "-m", "convnorm", "report", "nothing.pt=networks:network", *INPUT]
+    run = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == "convnorm: file 'nothing.pt' is not there\n"
+    line[4] = "weights.pt=networks:network"
+    run = subprocess.run([*line, "--no-l2"], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("name", ["resnet18", "torchvision:resnet18", "timm:resnet18"])
+def test_models_by_their_names_elsewhere(name):
+    for package in ("torchvision", "timm") if "timm" in name else ("torchvision",):
+        if not find_spec(package):  # whether it can be imported is what is tested
+            pytest.skip(f"{package} is not installed")
+    found = report(loading.load_model(name), [1, 3, 64, 64], l2=False)
+    assert len(found.rows) == 21
+    assert sum(row.folded is not None for row in found.rows) == 20
+    with pytest.raises(ValueError, match=r"is no model of \w+; there is .*resnet18"):
+        loading.load_model(f"{name}x")
