@@ -23,6 +23,8 @@ from .rayleigh import Singular, rayleigh
 
 SMALLEST = 16  # inputs that an axis is left with, and so many times its kernel: on fewer, other waves may win
 SPANS = 3
+SHARPER = 0.15  # the search keeps to the wave that it begins with, which ought to be the right one
+SHARPEST = 1e-6
 NOISE = 0.1  # keeps the start from being blind to other waves
 
 
@@ -54,7 +56,7 @@ def lanczos(
 def search(layer: Layer, rtol: float, steps: int, start: Tensor | None = None) -> Lanczos:
     """Lanczos to about ``rtol``, from ``start``, or from what it finds on smaller inputs."""
     if start is None and (smaller := _halved(layer)):
-        start = widened(search(smaller, rtol, steps), layer)
+        start = widened(search(smaller, max(SHARPER * rtol, SHARPEST), steps), layer)
     process = Lanczos(layer, start)
     process.run(rtol, steps)
     return process
