@@ -21,8 +21,9 @@ from .circle import with_read_taps
 from .krylov import Lanczos, in_precision
 from .rayleigh import Singular, rayleigh
 
-SMALLEST = 16  # inputs that an axis is left with, and so many times its kernel: on fewer, other waves may win
-SPANS = 3
+SMALLEST = 16  # inputs that an axis is left with, and so many times its kernel: on fewer, other waves may win,
+SPANS, ROUGH_SPANS = 5, 3  # by some thousandths
+ROUGH = 1e-3
 SHARPER = 0.15  # the search keeps to the wave that it begins with, which ought to be the right one
 SHARPEST = 1e-6
 NOISE = 0.1  # keeps the start from being blind to other waves
@@ -53,20 +54,21 @@ def lanczos(
     return rayleigh(one, search(in_precision(one, precision), rtol, steps, start).right())
 
 
-def search(layer: Layer, rtol: float, steps: int, start: Tensor | None = None) -> Lanczos:
-    """Lanczos to about ``rtol``, from ``start``, or from what it finds on smaller inputs."""
-    if start is None and (smaller := _halved(layer)):
-        start = widened(search(smaller, max(SHARPER * rtol, SHARPEST), steps), layer)
+def search(layer: Layer, rtol: float, steps: int, start: Tensor | None = None, spans: int | None = None) -> Lanczos:
+    """Lanczos to about ``rtol``, from ``start``, or from what it finds on smaller inputs, of so many ``spans``."""
+    spans = spans or (ROUGH_SPANS if rtol > ROUGH else SPANS)
+    if start is None and (smaller := _halved(layer, spans)):
+        start = widened(search(smaller, max(SHARPER * rtol, SHARPEST), steps, spans=spans), layer)
     process = Lanczos(layer, start)
     process.run(rtol, steps)
     return process
 
 
-def _halved(layer: Layer) -> Layer | None:
+def _halved(layer: Layer, spans: int) -> Layer | None:
     """The layer on inputs half as large, where that leaves enough of them for its kernel."""
     shape = layer.geometry
     axes = zip(layer.in_shape, layer.weight.shape[2:], shape.dilation, shape.padding, strict=True)
-    least = [(n, max(SMALLEST, SPANS * (d * (k - 1) + 1), 2 * max(padding) + 1)) for n, k, d, padding in axes]
+    least = [(n, max(SMALLEST, spans * (d * (k - 1) + 1), 2 * max(padding) + 1)) for n, k, d, padding in axes]
     halves = tuple(-(-n // 2) if n >= 2 * enough else n for n, enough in least)
     return replace(layer, in_shape=halves) if halves != layer.in_shape else None
 
