@@ -1,6 +1,8 @@
 """The promise: the width sweep trains each width with each β, and its page says what their evaluations hold."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -62,3 +64,10 @@ def test_the_page_is_that_of_the_evaluations(tmp_path):
 def test_nothing_to_show_is_said(tmp_path):
     with pytest.raises(ValueError, match="holds no evaluation"):
         widths.render(tmp_path)
+
+
+def test_the_committed_page_is_that_of_the_committed_evaluations(tmp_path, monkeypatch):
+    monkeypatch.setattr(widths, "draw", lambda *_: None)
+    committed = Path(widths.__file__).parent / "results" / "widths-smoke"
+    found = shutil.copytree(committed, tmp_path / "found", ignore=shutil.ignore_patterns("widths.md", "figures"))
+    assert widths.render(found).read_text() == (committed / "widths.md").read_text()
