@@ -84,10 +84,9 @@ class Layer:
             missing = [(0, max(0, end - n)) for (_, end), n in zip(ends, full.shape[2:], strict=True)]
             full = F.pad(full, _last_axis_first(missing)) if any(map(any, missing)) else full
             return full[(..., *(slice(*both) for both in ends))]
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[n_axes - 1]
         if ends := self._same_ends:
-            return convolve(x, self.weight, None, shape.stride, ends, shape.dilation, self.groups)
-        return convolve(self._pad(x), self.weight, None, shape.stride, 0, shape.dilation, self.groups)
+            return _convolved(x, self.weight, shape.stride, ends, shape.dilation, self.groups)
+        return _convolved(self._pad(x), self.weight, shape.stride, 0, shape.dilation, self.groups)
 
     def adjoint(self, y: Tensor) -> Tensor:
         """The transpose of the layer's matrix, [batch, channels, *out_shape] -> [batch, channels, *in_shape].
@@ -103,8 +102,7 @@ class Layer:
             return y @ (self.weight.T if self.transposed else self.weight)
         if self.transposed:
             y = F.pad(y, _last_axis_first(shape.padding))
-            convolve = (F.conv1d, F.conv2d, F.conv3d)[n_axes - 1]
-            x = convolve(y, self.weight, None, shape.stride, 0, shape.dilation, self.groups)
+            x = _convolved(y, self.weight, shape.stride, 0, shape.dilation, self.groups)
             return x[(..., *(slice(n) for n in self.in_shape))]  # more of them where output padding reaches a stride
         convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[n_axes - 1]
         sizes = [before + n + after for (before, after), n in zip(shape.padding, self.in_shape, strict=True)]
@@ -134,6 +132,15 @@ class Layer:
     def _pad(self, x: Tensor) -> Tensor:
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         return F.pad(x, _last_axis_first(self.geometry.padding), mode)
+
+
+def _convolved(x: Tensor, weight: Tensor, *geometry: Any) -> Tensor:
+    """Of one channel, where strides that say "channels last" mean nothing, PyTorch 2.13 reads beyond a float32 input on
+    a CPU: such strides are made plain.
+    """
+    if x.shape[1] == 1:
+        x, weight = (tensor.flatten().view(tensor.shape) for tensor in (x, weight))
+    return (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3](x, weight, None, *geometry)
 
 
 def _last_axis_first(ends: Sequence[tuple[int, int]]) -> list[int]:

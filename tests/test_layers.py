@@ -1,6 +1,7 @@
 """The promise: a module becomes the linear map that it is; ``observe`` sees where a model uses it, changing nothing."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import cases
@@ -236,3 +237,18 @@ def test_observe_refuses_weights_that_are_not_initialised_yet():
     with pytest.raises(GeometryError, match="weight of layer '0' is not initialised"):
         observe(model, [1, 2, 8])
     assert model(torch.ones(1, 2, 8)).isfinite().all()
+
+
+def test_one_channel_that_lies_channels_last_is_read_as_it_is():
+    """Else PyTorch's convolution in float32 takes what lies beyond the input for a part of it."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, 1, 5, 4, generator=generator).clone(memory_format=torch.channels_last)
+    plain = as_layer(weight, (13, 7), stride=(1, 4))
+    transposed = as_layer(weight, (9, 1), stride=(1, 4), transposed=True)
+    x = torch.randn(1, 1, 13, 7, generator=generator).clone(memory_format=torch.channels_last)
+    for layer, run, given in ((plain, plain, x), (transposed, transposed.adjoint, x[..., :4])):
+        exact = replace(layer, weight=weight.double())
+        expected = (exact if run is layer else exact.adjoint)(given.double())
+        beyond = torch.full((1 << 16,), 1e30)
+        del beyond
+        torch.testing.assert_close(run(given.clone(memory_format=torch.channels_last)), expected.float())
