@@ -113,6 +113,10 @@ class Search:
         self.keep(self.process.right())
 
     def run(self, rtol: float) -> None:
+        """Twice the steps, and more of them: a search may rest on another singular value for a while."""
+        for _ in range(self.process.steps):
+            if not self.process.exhausted:
+                self.process.extend()
         self.process.run(rtol, MOST_STEPS)
         self.keep(self.process.right())
 
