@@ -33,7 +33,7 @@ from convnorm.spectral.definite import is_below, largest_eigenvalue
 from convnorm.spectral.explicit import explicit_matrix, explicit_uppers, gram_error, gram_matrices, groups_of
 from convnorm.spectral.krylov import Lanczos, in_precision
 from convnorm.spectral.lanczos import search
-from convnorm.spectral.modes import largest_modes
+from convnorm.spectral.modes import largest_modes, modes_upper
 from convnorm.spectral.on_circle import GramSymbol, circle_phases, circle_upper, coarse_phases
 from convnorm.spectral.rayleigh import rayleigh, rounding_error
 
@@ -182,7 +182,7 @@ def test_coarse_grids_bound_fine_ones(seed):
         weight = torch.from_numpy(rng.standard_normal((2, 2, taps)))
         layer = as_layer(weight, [n], stride=stride, dilation=dilation, padding=padding)
         circle = circle_of(layer)
-        truth = torch.linalg.matrix_norm(explicit_matrix(layer), ord=2).item() / circle.scale
+        truth = torch.linalg.matrix_norm(explicit_matrix(layer), ord=2).item()
         phases, factor = coarse_phases(circle, 0.1)
         used += len(phases) < len(half_grid(circle.points))
         upper = circle_upper(circle, 0.5 * truth, rtol=0.4).item()
@@ -495,7 +495,7 @@ def test_angles_of_far_taps_are_rounded_upward():
         circle = circle_of(layer)
         assert circle.whole
         upper = circle_upper(circle, level=0.0, rtol=1e-9).item()
-        assert sums.max() <= upper * circle.scale <= sums.max() * (1 + 1e-10)
+        assert sums.max() <= upper <= sums.max() * (1 + 1e-10)
 
 
 def test_autocast_leaves_brackets_alone():
@@ -556,6 +556,21 @@ def test_symbols_are_summed_in_float64():
     assert 0 < off <= gram.rounding(torch.complex64)
     symbols = symbol(circle, half_grid(circle.points))
     torch.testing.assert_close(exact, symbols.mH @ symbols)
+
+
+@pytest.mark.parametrize("size", [9.5e307, 1.0, 3e-309])  # float64 has no power of two that brings the first below 1
+def test_a_poor_search_proves_nothing_false(monkeypatch, size):
+    layer = as_layer(torch.tensor([[[1.0, 0.0, -1.0]]], dtype=torch.float64) * size, [600], padding=1)
+    search = bracket.Search(layer, 1e-2, None)
+    truth = 2 * math.cos(math.pi / 601) * (size / search.size)
+    assert search.lower == pytest.approx(truth, rel=1e-2)
+    search.lower /= 1.5
+    monkeypatch.setattr(search, "run", lambda rtol: None)
+    circle = circle_of(search.layer)
+    of_circle = circle_upper(circle, search.level, search.rtol).item()
+    assert truth <= of_circle <= 1.02 * truth
+    assert truth <= modes_upper(circle, search.level, of_circle) <= 1.02 * truth
+    assert truth <= bracket.prove(search).upper <= 1.02 * truth
 
 
 @pytest.mark.parametrize("huge", [10.0, 1e100, 1e200, 1e300])

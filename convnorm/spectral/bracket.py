@@ -150,7 +150,7 @@ def prove(search: Search) -> Proof:
     if search.closed(cheap.upper):
         return cheap
     circle = circle_of(search.layer)
-    upper = circle.factor * circle_upper(circle, search.level / circle.factor, search.rtol)
+    upper = circle_upper(circle, search.level, search.rtol)
     if not search.closed(float(upper.max())):
         search.run(search.rtol / 50)  # the lower bound may be at fault
     proof = Proof(float(upper.max()), "circle", "a lower bound that does not rise")

@@ -37,12 +37,13 @@ def modes_upper(circle: Circle, level: float, bound: float, counts: Sequence[int
     """A bound for the norm of a layer of one group: ``level`` where that can be proved by so many modes, tried one
     after another, else as near to it as can be. ``bound`` is certain already.
     """
+    level, bound = level / circle.scale, bound / circle.scale
     found = largest_modes(circle, counts[-1])
     for most in counts:
         modes = found.first(most)
         weighted = modes.cut_and_weighted(circle.arcs)
         if modes.rest < level and bool(is_below(weighted, level - modes.rest)):
-            return level
+            return level * circle.scale
         if most >= 2 * len(found.values):
             break
     low = max(level, modes.rest)
@@ -52,7 +53,7 @@ def modes_upper(circle: Circle, level: float, bound: float, counts: Sequence[int
             bound = middle
         else:
             low = middle
-    return bound
+    return bound * circle.scale
 
 
 @dataclass(frozen=True)

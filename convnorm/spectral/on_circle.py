@@ -129,12 +129,13 @@ def coarse_phases(circle: Circle, share: float) -> tuple[Tensor, float]:
 
 
 def circle_upper(circle: Circle, level: float, rtol: float) -> Tensor:
-    """upper[groups] of the norm on the circle: ``level`` for groups proved to stay below it, else more.
+    """upper[groups] of the norm of the layer on the circle: ``level`` for groups proved to stay below it, else more.
 
     A part of ``rtol`` may be lost to save time.
     """
     gram = GramSymbol(circle)
     phases, factor = coarse_phases(circle, rtol / 4)
+    factor *= circle.scale * circle.factor
     square = (level / factor) ** 2
     dtype = torch.complex64
     error = gram.rounding(dtype)
