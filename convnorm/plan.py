@@ -26,6 +26,10 @@ class AxisPlan:
     def merged_taps(self) -> int:
         return len(self.merged) or self.taps
 
+    @property
+    def all_once(self) -> Lists:
+        return (tuple(range(self.merged_taps)),)
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -35,16 +39,19 @@ class LayerPlan:
 
     def sees_all(self, column: bool) -> bool:
         """Whether there is one window only, which counts every tap once."""
-        sides = [(axis.inputs if column else axis.outputs, axis.merged_taps) for axis in self.axes]
-        return all(windows == (tuple(range(taps)),) for windows, taps in sides)
+        return all((axis.inputs if column else axis.outputs) == axis.all_once for axis in self.axes)
 
     @cached_property
     def numbers(self) -> tuple[int, ...]:
-        """groups, transposed, number of axes, then for each axis: taps, merged taps, input windows, output windows."""
+        """groups, transposed, number of axes, then for each axis: taps, merged taps, input windows, output windows.
+
+        No lists of windows stand for the usual one, which counts every merged tap once.
+        """
         plan = [self.groups, int(self.transposed), len(self.axes)]
         for axis in self.axes:
             plan.append(axis.taps)
-            for lists in (axis.merged, axis.inputs, axis.outputs):
+            windows = [() if side == axis.all_once else side for side in (axis.inputs, axis.outputs)]
+            for lists in (axis.merged, *windows):
                 plan += [len(lists), *(i for one in lists for i in (len(one), *one))]
         return tuple(plan)
 
@@ -69,9 +76,13 @@ def _read_plan(plan: tuple[int, ...]) -> tuple[LayerPlan, ...]:
     def lists() -> Lists:
         return tuple(tuple(next(numbers) for _ in range(next(numbers))) for _ in range(next(numbers)))
 
+    def axis() -> AxisPlan:
+        taps, merged = next(numbers), lists()
+        all_once = AxisPlan(taps, merged, (), ()).all_once
+        return AxisPlan(taps, merged, lists() or all_once, lists() or all_once)
+
     layers = []
     for groups in numbers:
         transposed, n_axes = bool(next(numbers)), next(numbers)
-        axes = tuple(AxisPlan(next(numbers), lists(), lists(), lists()) for _ in range(n_axes))
-        layers.append(LayerPlan(groups, transposed, axes))
+        layers.append(LayerPlan(groups, transposed, tuple(axis() for _ in range(n_axes))))
     return tuple(layers)

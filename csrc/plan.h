@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -49,8 +50,8 @@ class PlanReader {
       const int64_t merged_taps = static_cast<int64_t>(merged.size());
       plan.kernel.push_back(taps);
       plan.merged = product(plan.merged, merged, taps);
-      plan.inputs = product(plan.inputs, lists(merged_taps), merged_taps);
-      plan.outputs = product(plan.outputs, lists(merged_taps), merged_taps);
+      plan.inputs = product(plan.inputs, windows(merged_taps), merged_taps);
+      plan.outputs = product(plan.outputs, windows(merged_taps), merged_taps);
     }
     drop_uncounted(plan);
     for (const auto& taps : plan.merged) plan.merges |= taps.size() > 1;
@@ -74,6 +75,13 @@ class PlanReader {
       for (int32_t& number : one) number = static_cast<int32_t>(below(limit, next()));
     }
     return read;
+  }
+  Lists windows(int64_t limit) {
+    Lists read = lists(limit);
+    if (!read.empty()) return read;
+    std::vector<int32_t> all_once(limit);
+    std::iota(all_once.begin(), all_once.end(), 0);
+    return {all_once};
   }
   static Lists product(const Lists& slow, const Lists& fast, int64_t fast_size) {
     Lists all;
