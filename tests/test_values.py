@@ -283,26 +283,56 @@ SPLIT = {
 }
 
 
-@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SPLIT.values(), ids=SPLIT)
-def test_threads_do_not_change_a_bit(backend, device, shape, dtype):
+@pytest.fixture
+def threads(backend, device):
+    """Sets how many threads there are, until the test is over."""
     if (backend, device) != ("native", "cpu"):
         pytest.skip("a promise of the C++ kernels")
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SPLIT.values(), ids=SPLIT)
+def test_threads_do_not_change_a_bit(backend, threads, shape, dtype):
     axes, groups = len(shape) - 2, 512 if shape == SPLIT["depthwise"] else 1
-    rng, threads = np.random.default_rng(0), torch.get_num_threads()
     case = cases.Case(shape, (2,) * axes, (1,) * axes, (9,) * axes, {"groups": groups})
-    weight = cases.random_values(rng, shape, dtype, "normal")
+    weight = cases.random_values(np.random.default_rng(0), shape, dtype, "normal")
     weights = [weight, cases.lay_out(weight, "channels_last"), cases.lay_out(weight, "unaligned")]
-    try:
-        results = []
-        for count in (1, 2, 3, 8):
-            torch.set_num_threads(count)
-            many = ops.measure_native(weights, case.plan * 3, [3])
-            results.append([*many, *(value for weight in weights for value in measure(backend, weight, case))])
-        for result in results[1:]:
-            assert all(map(torch.equal, result, results[0]))
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2, 3, 8):
+        threads(count)
+        many = ops.measure_native(weights, case.plan * 3, [3])
+        results.append([*many, *(value for weight in weights for value in measure(backend, weight, case))])
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+def test_threads_leave_each_others_sums_alone(backend, threads):
+    """Where taps are summed apart, the vector that holds the last few columns reaches beyond the last tap."""
+    case = cases.Case((30_000, 17, 2), padding=(1,), in_shape=(1,))
+    weight = cases.random_values(np.random.default_rng(0), case.weight_shape, torch.float64, "normal")
+    weight = cases.lay_out(weight, "channels_last")
+    threads(1)
+    alone = measure(backend, weight, case)
+    threads(2)
+    for _ in range(20):
+        assert all(map(torch.equal, measure(backend, weight, case), alone))
+
+
+def test_threads_do_not_change_a_bit_of_any_layer(backend, threads, seed, numbers):
+    """Ten times each: threads that write where others do are not seen at every run."""
+    for number in numbers[::40]:
+        rng = np.random.default_rng((seed, number, 19))
+        case, dtype = cases.random_large_case(rng), cases.DTYPES[int(rng.integers(4))]
+        weight = cases.random_values(rng, case.weight_shape, dtype, "normal")
+        weight = cases.lay_out(weight, str(rng.choice(cases.LAYOUTS)))
+        threads(1)
+        alone = measure(backend, weight, case)
+        threads(2)
+        for _ in range(10):
+            assert all(map(torch.equal, measure(backend, weight, case), alone)), replay(seed, number, case)
 
 
 def test_the_papers_theorem_holds_under_its_assumption(device):

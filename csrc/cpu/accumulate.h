@@ -11,7 +11,7 @@ inline int64_t padded(int64_t length) {
 }
 
 // Where only columns are summed, so many rows are read side by side: blocks are whole multiples of them.
-constexpr int kRowsAtOnce = 12;
+constexpr int kRowsAtOnce = 8;
 
 // A sum in float loses up to one rounding an addition. So no more than kMostRows rows are added to one float, then
 // doubles take over: 8e-6 relative at worst. Along a row likewise.
@@ -43,7 +43,8 @@ struct SgdStretch {
 struct DenseBlock {
   const void* data;
   int64_t rows, row_stride, length, segments, period;
-  void* column_sums;                 // Sum[padded(length)], in the order of the memory; added to
+  void* column_sums;                 // Sum[length], in the order of the memory; added to, whole lanes at a time, also
+                                     // where those of the last segment reach beyond the end
   double* row_sums;                  // [rows][segments * period]; added to
   const SgdStretch* step = nullptr;  // with period 1: taken on each row before it is added up; null: none
 };

@@ -129,11 +129,15 @@ struct Lanes {
     return *this;
   }
 
+  // by halves, which takes four additions' time rather than sixteen's
   inline double sum() const {
-    double total = 0;
-    for (int i = 0; i < kVectors; ++i)
-      for (int j = 0; j < kPerVector; ++j) total += part[i][j];
-    return total;
+    Sum lanes[kLanes];
+    store(lanes);
+    double sums[kLanes];
+    for (int l = 0; l < kLanes; ++l) sums[l] = lanes[l];
+    CONVNORM_UNROLL for (int half = kLanes / 2; half > 0; half /= 2) for (int l = 0; l < half; ++l) sums[l] +=
+        sums[l + half];
+    return sums[0];
   }
 };
 

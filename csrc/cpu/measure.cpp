@@ -19,16 +19,22 @@
 namespace convnorm {
 namespace {
 
-constexpr int64_t kBlockElements = 1 << 18;     // a megabyte of floats: worth handing to a thread
+constexpr int64_t kBlockElements = 1 << 19;     // two megabytes of floats: worth a table of its own
 constexpr int64_t kParallelElements = 1 << 15;  // with fewer, as in PyTorch, one thread is faster
-constexpr int64_t kLeastRows = 36;              // a block writes no more than a 36th of what it reads
+constexpr int64_t kLeastRows = 64;              // a block writes no more than a 64th of what it reads
+
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kKeepsMemory = false;  // every table anew, so that a step beyond its end is seen
+#else
+constexpr bool kKeepsMemory = true;
+#endif
 
 // Memory that begins with a line of the cache, so that no vector straddles two.
 template <class Sum>
 class Table {
  public:
   Sum* of_length(int64_t length) {
-    if (length > length_) {
+    if (length > length_ || !kKeepsMemory) {
       memory_.reset(new (std::align_val_t(64)) Sum[length]);
       length_ = length;
     }
@@ -60,7 +66,10 @@ struct Layer {
   Best best_column, best_row;
 
   int64_t merged_taps() const { return static_cast<int64_t>(plan->merged.size()); }
-  int64_t table_length() const { return dense ? padded(matrix.row_length()) : merged_taps() * padded(matrix.columns); }
+  int64_t table_length() const {
+    if (!dense) return merged_taps() * padded(matrix.columns);
+    return padded(matrix.row_length() + (segments > 1 ? kPadding - 1 : 0));  // segments need not begin at whole lanes
+  }
   // The sum of column c and merged tap a stands in a table at c * column_step() + tap_step(a).
   int64_t column_step() const { return dense ? matrix.column_stride : 1; }
   int64_t tap_step(int32_t a) const { return dense ? taps[a] : a * padded(matrix.columns); }
@@ -74,6 +83,7 @@ struct Item {
   Layer* layer;
   int64_t group, groups, row, rows;
   int64_t table;  // where its partial column sums go in the scratch memory of their type; -1: it is whole groups
+  size_t first;   // the item with which its group begins
   Best column{}, row_best{};
 };
 
@@ -111,6 +121,15 @@ void number_taps(Layer& layer) {
   }
 }
 
+// As many blocks as a power of two, where that is enough rows each: so many threads end together.
+int64_t rows_per_block(const Matrix& matrix) {
+  const int64_t most = std::clamp(kBlockElements / std::max<int64_t>(matrix.row_length(), 1), kLeastRows, kMostRows);
+  int64_t blocks = 1;
+  while (blocks * most < matrix.rows) blocks *= 2;
+  const int64_t rows = (matrix.rows + blocks - 1) / blocks;
+  return std::min((rows + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce, matrix.rows);
+}
+
 Layer make_layer(const Tensor& weight, const LayerPlan& plan, Norms norms) {
   Layer layer{};
   Matrix& matrix = layer.matrix = as_matrix(weight, plan);
@@ -132,8 +151,7 @@ Layer make_layer(const Tensor& weight, const LayerPlan& plan, Norms norms) {
   layer.sums_columns = both || (norms == Norms::kL1) != plan.transposed;
   layer.sums_rows = both || !layer.sums_columns;
   number_taps(layer);
-  const int64_t rows = kBlockElements / std::max<int64_t>(matrix.row_length(), 1);
-  layer.rows_per_block = std::min(std::clamp(rows / kRowsAtOnce * kRowsAtOnce, kLeastRows, kMostRows), matrix.rows);
+  layer.rows_per_block = rows_per_block(matrix);
   layer.blocks_per_group = (matrix.rows + layer.rows_per_block - 1) / layer.rows_per_block;
   layer.groups_per_item = std::max<int64_t>(1, kBlockElements / (matrix.rows * matrix.row_length()));
   return layer;
@@ -241,12 +259,20 @@ Best best_of_blocks(const Item& first, const Sum* scratch) {
   return best_column(layer, layer.plan->inputs, sums, first.group);
 }
 
-// Takes items off one queue with as many threads as there are: blocks differ in size.
-template <class Work>
-void for_each_item(std::vector<Item>& items, bool parallel, const Work& work) {
+// Runs all items, the larger part of a call. Threads take them off one queue, since they differ in size, and who ends
+// the last block of a group finds its best column.
+void run_all(std::vector<Item>& items, float* float_tables, double* double_tables, bool parallel) {
   std::atomic<size_t> next{0};
+  std::vector<std::atomic<int64_t>> ended(items.size());  // of the blocks of the group that begins there
   auto take = [&](int64_t, int64_t) {
-    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items.size();) work(items[i]);
+    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items.size();) {
+      Item& item = items[i];
+      const Layer& layer = *item.layer;
+      layer.wide ? run(item, double_tables) : run(item, float_tables);
+      if (item.table < 0 || !layer.sums_columns || ++ended[item.first] < layer.blocks_per_group) continue;
+      Item& first = items[item.first];
+      first.column = layer.wide ? best_of_blocks(first, double_tables) : best_of_blocks(first, float_tables);
+    }
   };
   if (parallel && items.size() > 1)
     torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, take);
@@ -262,7 +288,6 @@ std::vector<LayerNorms> measure(const std::vector<Tensor>& weights, const Plan& 
   std::vector<Item> items;
   layers.reserve(weights.size());
   int64_t elements = 0, floats = 0, doubles = 0;  // the last two: of tables of partial sums
-  bool partial = false;
   for (size_t i = 0; i < weights.size(); ++i) {
     layers.push_back(make_layer(weights[i], plan[i], norms));
     Layer& layer = layers.back();
@@ -271,31 +296,22 @@ std::vector<LayerNorms> measure(const std::vector<Tensor>& weights, const Plan& 
     elements += matrix.groups * matrix.rows * matrix.row_length();
     if (layer.blocks_per_group == 1) {
       for (int64_t g = 0; g < matrix.groups; g += layer.groups_per_item)
-        items.push_back({&layer, g, std::min(layer.groups_per_item, matrix.groups - g), 0, matrix.rows, -1});
+        items.push_back({&layer, g, std::min(layer.groups_per_item, matrix.groups - g), 0, matrix.rows, -1, 0});
       continue;
     }
-    partial = true;
     int64_t& end = layer.wide ? doubles : floats;
-    for (int64_t g = 0; g < matrix.groups; ++g)
+    for (int64_t g = 0; g < matrix.groups; ++g) {
+      const size_t first = items.size();
       for (int64_t r = 0; r < matrix.rows; r += layer.rows_per_block) {
-        items.push_back({&layer, g, 1, r, std::min(layer.rows_per_block, matrix.rows - r), end});
+        items.push_back({&layer, g, 1, r, std::min(layer.rows_per_block, matrix.rows - r), end, first});
         if (layer.sums_columns) end += layer.table_length();
       }
+    }
   }
 
-  thread_local Table<float>
-      float_memory;  // stays: new pages from the system on every call would cost more than the sums
+  thread_local Table<float> float_memory;  // stays: new pages on every call would cost more than the sums
   thread_local Table<double> double_memory;
-  float* float_tables = float_memory.of_length(floats);
-  double* double_tables = double_memory.of_length(doubles);
-  const bool parallel = elements > kParallelElements;
-  for_each_item(items, parallel,
-                [&](Item& item) { item.layer->wide ? run(item, double_tables) : run(item, float_tables); });
-  if (partial)
-    for_each_item(items, parallel, [&](Item& item) {
-      if (item.table < 0 || item.row > 0 || !item.layer->sums_columns) return;
-      item.column = item.layer->wide ? best_of_blocks(item, double_tables) : best_of_blocks(item, float_tables);
-    });
+  run_all(items, float_memory.of_length(floats), double_memory.of_length(doubles), elements > kParallelElements);
   for (const Item& item : items) {
     if (item.table < 0 || item.row == 0) item.layer->best_column.offer(item.column);
     item.layer->best_row.offer(item.row_best);
