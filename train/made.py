@@ -24,15 +24,21 @@ def made_by(device: torch.device, processes: int = 1) -> dict[str, Any]:
     }
 
 
+RESULTS = (":(top,exclude)benchmarks/results", ":(top,exclude)train/results")
+
+
 def commit() -> str | None:
-    """Of the project, if this is a checkout of it; it ends in -dirty where files differ from the commit."""
-    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    """Of the project, if this is a checkout of it; it ends in -dirty where files, but for results, differ from it."""
     try:
-        return subprocess.run(
-            describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        name = _git("describe", "--always", "--exclude=*")
+        return name + "-dirty" * bool(_git("diff", "--name-only", "HEAD", "--", ":/", *RESULTS))
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def cpu_model() -> str:
