@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from as_matrix import ORDS, Of, batch_normed, largest_jacobian, matrix_of, norm_of, normal, without_matrices
 from torch import nn
 
-from convnorm.network import lipschitz, trace
+from convnorm.geometry import GeometryError
+from convnorm.network import jacobian_norm, lipschitz, trace
 from convnorm.network.activations import SLOPES
 from convnorm.network.calls import RULES
 
@@ -67,6 +68,9 @@ LINEAR = {
     "pad_reflect": (nn.ReflectionPad2d((1, 2, 1, 0)), (2, 3, 4)),
     "pad_replicate": (nn.ReplicationPad1d((2, 1)), (2, 3)),
     "pad_circular": (nn.CircularPad2d((1, 2, 0, 1)), (2, 3, 4)),
+    "pad_circular_crops": (Of(lambda x: F.pad(x, (-1, 1, 2, -1), mode="circular")), (2, 4, 5)),
+    "pad_reflect_crops": (Of(lambda x: F.pad(x, (-1, 2, 1, -2), mode="reflect")), (2, 4, 5)),
+    "pad_replicate_crops": (Of(lambda x: F.pad(x, (-1, 2, 1, -2), mode="replicate")), (2, 4, 5)),
     "pad_channels": (Of(lambda x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 1, 1))), (2, 4, 3)),
     "upsample_nearest1d": (nn.Upsample(size=5), (2, 3)),
     "upsample_nearest2d": (nn.Upsample(scale_factor=(2, 1.5)), (1, 3, 4)),
@@ -98,6 +102,8 @@ LINEAR = {
     "cat_constant": (Of(lambda x, w: torch.cat([x, w.expand(len(x), -1)], 1), w=normal(1, 3)), (2,)),
     "dropout": (nn.Sequential(nn.Dropout(), nn.Identity(), nn.Dropout2d()), (2, 2, 2)),
     "contiguous": (Of(lambda x: x.contiguous().clone().detach()), (2, 3)),
+    "full_like": (Of(lambda x, w: (x + w) * torch.full_like(x, 0.7) * x.new_full((3,), 1e40), w=normal(3)), (2, 3)),
+    "constant_type_as": (Of(lambda x, w: x * w.type_as(x) + w.expand_as(x), w=normal(1, 1, 3)), (2, 3)),
     "to": (Of(lambda x: x.to(torch.float64).type_as(x)), (2, 3)),
 }
 
@@ -192,6 +198,14 @@ def test_prelu_has_its_steepest_channel():
     assert [lipschitz(model, [2, 3, 2], ord=ord).upper for ord in ORDS] == [2.5] * 3
 
 
+def test_prelu_without_a_number_is_refused():
+    model = nn.PReLU(3)
+    with torch.no_grad():
+        model.weight[1] = math.nan
+    with pytest.raises(GeometryError, match="slope of nan"):
+        lipschitz(model, [2, 3, 2])
+
+
 # What attains, or comes near, the constant of a nonlinear operation: two inputs.
 PEAK = torch.full((1, 1, 6, 6), -9.0).double()
 NONLINEAR = {
@@ -268,6 +282,16 @@ def test_normalisation_is_bounded_through_eps(name, ord):
         assert found <= sampled * (1 + 1e-6)
     if name == "layer_norm_of_one":
         assert found == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_rms_norm_without_eps_has_that_of_its_precision(dtype):
+    model, x = nn.RMSNorm(5, dtype=dtype), torch.zeros(1, 5, dtype=dtype)
+    for ord in ORDS:
+        found = lipschitz(model, x, ord=ord).upper
+        assert jacobian_norm(model, x, ord=ord).item() <= found
+    small = torch.full((1, 5), 1e-12, dtype=torch.float64)
+    assert F.rms_norm(small, (5,)).norm() <= lipschitz(nn.RMSNorm(5, dtype=torch.float64), small).upper * small.norm()
 
 
 def test_sums_joins_and_largest_of_two_add_up():

@@ -106,7 +106,7 @@ def by_arguments(call: Call) -> Nonlinear:
 @rule("prelu")
 def prelu(call: Call) -> Nonlinear:
     slopes = call.constant("weight").detach().abs()
-    return scalar_function(call, max(1.0, float(slopes.max())))
+    return scalar_function(call, float(slopes.max().clamp_min(1)))  # NaN stays NaN
 
 
 @rule("clamp")

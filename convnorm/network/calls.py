@@ -48,6 +48,11 @@ class Call:
         return tuple(first.shape[1:])
 
     @property
+    def dtype(self) -> torch.dtype:
+        first = self.meta[0] if isinstance(self.meta, (tuple, list)) else self.meta
+        return first.dtype
+
+    @property
     def batch(self) -> int:
         first = self.meta[0] if isinstance(self.meta, (tuple, list)) else self.meta
         return first.shape[0]

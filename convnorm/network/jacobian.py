@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import jvp, vjp
 
 from ..geometry import GeometryError
+from .nonlinear import default_eps
 
 MOST_EXACT = 2048  # rows or columns that are computed one by one
 STEPS = 30  # of power iteration
@@ -49,7 +50,12 @@ class Jacobian:
     """That of each sample of a batch, [batch, ...] to [batch, outputs]; vectors are on the CPU."""
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
-        exact = copy.deepcopy(model).double().eval().requires_grad_(False)
+        exact = copy.deepcopy(model).eval().requires_grad_(False)
+        own = next((p.dtype for p in exact.parameters() if p.is_floating_point()), x.dtype)
+        for module in exact.modules():
+            if isinstance(module, nn.RMSNorm) and module.eps is None:  # that of its precision, not of float64
+                module.eps = default_eps(own)
+        exact = exact.double()
 
         def network(x: Tensor) -> Tensor:
             y = exact(x)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -301,7 +302,7 @@ def padding(call: Call) -> Linear:
     matrices = {}
     for axis, (before, after) in sorted(pairs.items()):
         n = source.shape[axis - 1]
-        reads = torch.from_numpy(fold(torch.arange(-before, n + after).numpy(), n, mode))
+        reads = torch.from_numpy(_padded(n, before, after, mode))
         matrices[axis] = (reads[:, None] == torch.arange(n)).double()
     operator = Separable(source.shape, matrices)
     padded = [axis for axis, pair in pairs.items() if any(pair)]
@@ -311,6 +312,20 @@ def padding(call: Call) -> Linear:
         ends = [p for axis in range(2, rank) for p in pairs.get(axis, (0, 0))]
         operator = replace(operator, layer=_each_channel(weight, source.shape, [1] * axes, ends, mode, 0.0))
     return linear(call, source, operator)
+
+
+def _padded(n: int, before: int, after: int, mode: str) -> np.ndarray:
+    """The input at each place; -1 for none. Circular padding that also cuts repeats what is left.
+
+    >>> _padded(4, -1, 1, "circular").tolist(), _padded(4, -1, 1, "reflect").tolist()
+    ([1, 2, 3, 1], [1, 2, 3, 2])
+    """
+    if mode != "circular":
+        return fold(np.arange(-before, n + after), n, mode)
+    cut, left = max(-before, 0), n + min(before, 0) + min(after, 0)
+    if max(before, after) > left:
+        raise Refused(f"repeats {max(before, after)} of {left} that it leaves, which PyTorch does not define")
+    return cut + fold(np.arange(-max(before, 0), left + max(after, 0)), left, mode)
 
 
 @rule(*(f"{kind}{axes}d" for axes in (1, 2, 3) for kind in ("upsample_nearest", "_upsample_nearest_exact")),

@@ -127,6 +127,11 @@ def instance_norm(call: Call) -> Step:
     return normalised(call, source, math.prod(source.shape[1:]), centred=True)
 
 
+def default_eps(dtype: torch.dtype) -> float:
+    """Of rms_norm; for half precision PyTorch takes that of float32, in which it computes."""
+    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+
+
 def normalised(call: Call, source: Step, count: int, centred: bool) -> Nonlinear:
     """w z / sqrt(|z|^2 / n + eps) of n numbers, z those less their mean: Lipschitz through eps alone.
 
@@ -140,7 +145,7 @@ def normalised(call: Call, source: Step, count: int, centred: bool) -> Nonlinear
         sqrt((1 - c) / eps) (a + b c),    largest at  c = (2 b - a) / (3 b), or at 0 where that is negative
     """
     eps = call.arguments["eps"]
-    eps = torch.finfo(torch.float32).eps if eps is None else eps
+    eps = default_eps(call.dtype) if eps is None else eps
     if not eps > 0:
         raise Refused("has no eps to bound it: it is not globally Lipschitz")
     weight = call.arguments.get("weight")

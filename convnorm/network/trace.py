@@ -22,6 +22,7 @@ from .calls import RULES, Call, Refused
 from .steps import Input, Joint, Step
 
 CREATING = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")  # by their input's shape alone
+LIKE = ("type_as", "to", "expand_as")  # likewise, where what is made so is a constant
 
 
 @dataclass(frozen=True)
@@ -199,9 +200,8 @@ class Walk:
             return replace(self.values[node.args[0]], content=many[index])
         if not any(isinstance(one, Step) for one in tree_iter(contents)):
             return self.constant(node, *contents)
-        if _operation(node) in CREATING:
-            filled = tree_map(lambda x: torch.zeros(()).expand(1, *x.shape) if isinstance(x, Step) else x, contents)
-            return self.constant(node, *filled)
+        if _operation(node) in CREATING or (_operation(node) in LIKE and not isinstance(contents[0][0], Step)):
+            return self.constant(node, *tree_map(self.blank, (node.args, node.kwargs)))
         content = self.by_rule(node, *contents)
         for step in content if isinstance(content, tuple) else [content]:
             if step is not None and not step.name:
@@ -209,6 +209,13 @@ class Walk:
         storage = self.storage_of(node)
         storage.version += _writes(node)
         return Value(content, storage, storage.version)
+
+    def blank(self, x: Any) -> Any:
+        """A constant, or zeros of the shape and precision of what depends on the network's input."""
+        content = self.read(x) if isinstance(x, fx.Node) else x
+        if not isinstance(content, Step):
+            return content
+        return torch.zeros((), dtype=x.meta["val"].dtype).expand(1, *content.shape)
 
     def by_rule(self, node: fx.Node, args: tuple, kwargs: dict[str, Any]) -> Step | tuple[Step | None, ...]:
         target = node.target
