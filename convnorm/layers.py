@@ -294,6 +294,7 @@ def observe(
         model.eval()
         with (
             torch.no_grad(),
+            torch.compiler.set_stance("force_eager"),  # compiled code reads memory that fake tensors do not have
             FakeTensorMode(allow_non_fake_inputs=True) as fake,
             Unwritten((*model.parameters(), *model.buffers())),
             within or nullcontext(),

@@ -252,3 +252,21 @@ def test_one_channel_that_lies_channels_last_is_read_as_it_is():
         beyond = torch.full((1 << 16,), 1e30)
         del beyond
         torch.testing.assert_close(run(given.clone(memory_format=torch.channels_last)), expected.float())
+
+
+@pytest.mark.parametrize("part", ["", "0"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_observe_runs_no_compiled_code(part, in_place):
+    """Which reads the memory that fake tensors do not have."""
+
+    def backend(graph, inputs):
+        raise AssertionError("compiled")
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 10))
+    if in_place:
+        model.get_submodule(part).compile(backend=backend)
+    elif part:
+        model[0] = torch.compile(model[0], backend=backend)
+    else:
+        model = torch.compile(model, backend=backend)
+    assert [use.in_shape for use in observe(model, [1, 3, 8, 8])] == [(8, 8), ()]
