@@ -44,7 +44,15 @@ class SGD(torch.optim.SGD):
         super().__init__(params, *args, **{"fused": None if sharded else True} | kwargs)
         self.norm_decay = norm_decay
         norm_decay.warn_of_missing(self)
-        self._versions: dict[Tensor, int] = {}  # of weights whose norms are known
+        self._measured: dict[Batch, list[int]] = {}  # batches whose norms are known, and the versions that they are of
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: those of PyTorch's optimizers hold nothing of their own."""
+        return super().__getstate__() | {"norm_decay": self.norm_decay}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._measured = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -58,8 +66,9 @@ class SGD(torch.optim.SGD):
         if len(at_once) > 1:  # layers that share a weight
             at_once = []
         scale = getattr(self, "grad_scale", None)
-        known = [batch for batch in at_once if all(self._versions.get(w) == w._version for w in batch.weights)]
+        known = [batch for batch in at_once if self._measured.get(batch) == _versions_of(batch)]
         self.norm_decay.step(1 if scale is None else scale, known)
+        self._measured = {}  # PyTorch's fused operators write weights without a new version
         for batch in at_once:
             self._step_and_measure(batch, groups)
         self._step_others({weight for batch in at_once for weight in batch.weights})
@@ -85,6 +94,8 @@ class SGD(torch.optim.SGD):
             first = group["momentum"] != 0 and state.get("momentum_buffer") is None
             if first:
                 state["momentum_buffer"] = torch.empty_like(weight.grad)
+            elif group["momentum"] != 0:
+                state["momentum_buffer"] = _laid_out(state["momentum_buffer"], weight)
             buffers.append(state["momentum_buffer"] if group["momentum"] != 0 else weight.new_empty(0))
             rates += [float(group[name]) for name in ("lr", "momentum", "dampening", "weight_decay")]
             flags.append(group["nesterov"] + 2 * group["maximize"] + 4 * first)
@@ -93,7 +104,7 @@ class SGD(torch.optim.SGD):
             batch.weights, grads, buffers, batch.state.norms, batch.state.winners, rates, flags, batch.plan, batch.linf
         )
         torch.autograd.graph.increment_version([*batch.weights, *buffers])
-        self._versions.update((weight, weight._version) for weight in batch.weights)
+        self._measured[batch] = _versions_of(batch)
 
     def _step_others(self, done: set[Tensor]) -> None:
         for group in self.param_groups:
@@ -101,8 +112,29 @@ class SGD(torch.optim.SGD):
             others = group | {"params": [parameter for parameter in group["params"] if parameter not in done]}
             sparse = self._init_group(others, params, grads, buffers)
             names = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize", "foreach", "fused")
-            scaling = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
-            sgd(params, grads, buffers, has_sparse_grad=sparse, **{name: group[name] for name in names}, **scaling)
-            if group["momentum"] != 0:
-                for parameter, buffer in zip(params, buffers, strict=True):
-                    self.state[parameter]["momentum_buffer"] = buffer
+            options = {"has_sparse_grad": sparse} | {name: group[name] for name in names}
+            options |= {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
+            if group["momentum"] == 0:
+                sgd(params, grads, [], **options)
+                continue
+            # PyTorch's fused operator does not take some new buffers among old ones, nor see how a buffer is laid out,
+            # and where a first step overflows it leaves new buffers as they were found in memory
+            skipped = None in buffers and options["found_inf"] is not None and bool(options["found_inf"])
+            for new in (False,) if skipped else (True, False):
+                own = [i for i, buffer in enumerate(buffers) if (buffer is None) == new]
+                weights = [params[i] for i in own]
+                kept = [None if new else _laid_out(buffers[i], params[i]) for i in own]
+                sgd(weights, [grads[i] for i in own], kept, **options)
+                for weight, buffer in zip(weights, kept, strict=True):
+                    self.state[weight]["momentum_buffer"] = buffer
+
+
+def _laid_out(buffer: Tensor, weight: Tensor) -> Tensor:
+    """As its weight is, which may have been given other strides, or another precision, since."""
+    alike = buffer.dtype == weight.dtype and buffer.stride() == weight.stride()
+    return buffer if alike or is_dtensor(weight) else torch.empty_like(weight).copy_(buffer)
+
+
+def _versions_of(batch: Batch) -> list[int]:
+    """Of its weights, and of the winners: a state that is loaded brings others."""
+    return [tensor._version for tensor in (*batch.weights, batch.state.winners)]

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -197,3 +198,124 @@ def test_closure():
     decay = convnorm.NormDecay(model, [1, 3, 8, 8], beta=0.3)
     optimizer = convnorm.optim.SGD(model.parameters(), lr=0.01, norm_decay=decay)
     assert optimizer.step(closure) > optimizer.step(closure)
+
+
+# --- what differs from step to step -----------------------------------------------------------------------------------
+
+
+def linear():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).double()
+
+
+def loops(before_step, steps=6, model_of=linear, example=(1, 3), **options):
+    """The parameters after a loop with the one optimizer, and with the other as it is by default, not fused."""
+    results = []
+    for own in (True, False):
+        model = model_of()
+        decay = convnorm.NormDecay(model, list(example), beta=2.0, momentum=0)
+        if own:
+            optimizer = convnorm.optim.SGD(model.parameters(), **options, norm_decay=decay)
+        else:
+            optimizer = torch.optim.SGD(model.parameters(), **options)
+            decay.attach(optimizer)
+        for step in range(steps):
+            optimizer.zero_grad()
+            before_step(model, step)
+            optimizer.step()
+        results.append(list(model.parameters()))
+    return results
+
+
+def test_norms_are_measured_again_after_a_step_that_does_not_measure():
+    def zero_gradients(model, step):
+        for i, layer in enumerate(model):
+            unused = i == 1 and step % 2 == 1
+            layer.weight.grad = None if unused else torch.zeros_like(layer.weight)
+
+    def model_of():
+        model = linear()
+        model[0].weight.data = torch.diag(torch.tensor([1.0, 0.9, 0.0], dtype=torch.float64))
+        return model
+
+    assert_same(*loops(zero_gradients, 3, model_of, lr=0.1), torch.float64)
+
+
+def test_norms_are_measured_again_for_another_norm_decay_and_another_state():
+    model = linear()
+    decay = convnorm.NormDecay(model, [1, 3], beta=2.0, momentum=0)
+    optimizer = convnorm.optim.SGD(model.parameters(), lr=0.0, norm_decay=decay)
+
+    def added():
+        for layer in model:
+            layer.weight.grad = torch.zeros_like(layer.weight)
+        optimizer.step()
+        return [layer.weight.grad for layer in model]
+
+    def expected(ord):
+        return [convnorm.subgradient(layer, ord=ord).to_dense() for layer in model]
+
+    added()
+    state = decay.state_dict()
+    for layer in state["layers"].values():
+        layer["winner"][0] = (layer["winner"][0] + 1) % 3
+    decay.load_state_dict(state)
+    assert_same(added(), expected(1))
+    optimizer.norm_decay = convnorm.NormDecay(model, [1, 3], ord=math.inf, beta=2.0, momentum=0)
+    assert_same(added(), expected(math.inf))
+
+
+def test_a_layer_that_is_used_later_begins_its_momentum_then():
+    def backward(model, step):
+        y = model[0](torch.ones(1, 3, dtype=torch.float64))
+        (model[1](y) if step % 3 else y).square().sum().backward()
+
+    assert_same(*loops(backward, lr=0.05, momentum=0.9, dampening=0.3), torch.float64)
+
+
+@pytest.mark.parametrize("first", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_weights_of_other_strides_keep_their_momentum(first):
+    (then,) = {torch.channels_last, torch.contiguous_format} - {first}
+
+    def backward(model, step):
+        model.to(memory_format=then if step else first)
+        x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(step)).double()
+        model(x).square().mean().backward()
+
+    assert_same(*loops(backward, 3, lambda: network(torch.float64), (1, 3, 8, 8), lr=0.1, momentum=0.9), torch.float64)
+
+
+@pytest.mark.parametrize("dampening", [0, 0.3])
+def test_a_first_step_that_overflows_leaves_no_momentum(dampening):
+    results = []
+    for own in (True, False):
+        model = linear().float()
+        decay = convnorm.NormDecay(model, [1, 3], beta=0.0)
+        options = {"lr": 0.1, "momentum": 0.9, "dampening": dampening}
+        optimizer = (
+            convnorm.optim.SGD(model.parameters(), **options, norm_decay=decay)
+            if own
+            else torch.optim.SGD(model.parameters(), **options)
+        )
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for step in range(4):
+            optimizer.zero_grad()
+            scaler.scale(model(torch.ones(1, 3)).square().sum()).backward()
+            if step == 0:
+                model[0].weight.grad[0, 0] = math.inf
+            scaler.step(optimizer)
+            assert step or not any(any(b is not None for b in state.values()) for state in optimizer.state.values())
+            scaler.update()
+        results.append(list(model.parameters()))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_a_copy_goes_on(duplicate):
+    model = network()
+    decay = convnorm.NormDecay(model, [1, 3, 8, 8], beta=0.3)
+    optimizer = convnorm.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, norm_decay=decay)
+    train(model, optimizer, 3)
+    other, other_optimizer = duplicate((model, optimizer))
+    assert other_optimizer.norm_decay is not decay
+    assert_same(train(model, optimizer, 3, seed=1), train(other, other_optimizer, 3, seed=1))
