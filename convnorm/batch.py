@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import library
 from .layers import Use, naming
-from .momentum import no_momentum, slice_lengths
+from .momentum import no_momentum, slice_counts, slice_lengths
 from .plan import LayerPlan
 
 
@@ -32,9 +32,11 @@ def weight_of(use: Use) -> nn.Parameter:
     return weight
 
 
-def fits(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Whether one can take the place of the other."""
-    return {name: t.shape for name, t in own.items()} == {name: t.shape for name, t in other.items()}
+def fits(own: Mapping[str, Tensor], other: Mapping[str, Tensor], count: int) -> bool:
+    """Whether the other can take the place of what is remembered of a layer of ``count`` channels."""
+    if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in other.items()}:
+        return False
+    return "channels" not in other or bool((other["channels"] < count).all())
 
 
 class Batch:
@@ -55,6 +57,7 @@ class Batch:
         self.state = no_momentum(weights, self.plan, self.linf, self.momentum)
         self.rates = torch.zeros(len(weights), dtype=torch.float64, device=weights[0].device)
         self._lengths = slice_lengths(weights, layers, self.linf)
+        self.counts = slice_counts(weights, layers, self.linf)
         self._no_grad = weights[0].detach().new_empty(0)
 
     @property

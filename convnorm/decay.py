@@ -192,6 +192,7 @@ class NormDecay:
             "variant": self.variant,
             "beta": dict(self._beta) if isinstance(self._beta, Mapping) else self._beta,
             "steps": int(self._batches[0].clock) if self._batches else 0,
+            "scheduled": self._steps,
             "layers": {
                 label: {name: t.clone() for name, t in own.items()} for label, own in self._remembered().items()
             },
@@ -204,6 +205,8 @@ class NormDecay:
                 raise ValueError(f"convnorm: {name} {getattr(self, name)!r} is {state[name]!r} in the state")
         if not self.uses:
             self._pending = dict(state)
+            if self._schedule is None:
+                self.beta = state["beta"]
             return
         layers, labels = state["layers"], self._labels()
         if not layers:
@@ -213,10 +216,11 @@ class NormDecay:
             if label not in layers or label not in labels:
                 where = "the state" if label in labels else "this model"
                 raise ValueError(f"convnorm: layer {label!r} is not in {where}: the state is that of another model")
-        own = self._remembered()
-        if misfits := [label for label in layers if not fits(own[label], layers[label])]:
+        own, counts = self._remembered(), self._counts()
+        if misfits := [label for label in layers if not fits(own[label], layers[label], counts[label])]:
             raise ValueError(f"convnorm: the state does not fit layer {', '.join(map(repr, misfits))}")
         self._restore(layers, state["steps"])
+        self._steps = state.get("scheduled", state["steps"])  # a schedule may have been set on the way
         self._has_norms = state["steps"] > 0
         if self._schedule is None:
             self.beta = state["beta"]
@@ -226,14 +230,18 @@ class NormDecay:
         found = {i: batch.remembered(j) for batch in self._batches for j, i in enumerate(batch.members)}
         return {labels[i]: found[i] for i in sorted(found)}
 
+    def _counts(self) -> dict[str, int]:
+        """How many channels each layer has that could win."""
+        labels = self._labels()
+        return {labels[i]: batch.counts[j] for batch in self._batches for j, i in enumerate(batch.members)}
+
     def _restore(self, layers: Mapping[str, Mapping[str, Tensor]], steps: int) -> None:
         """Take over what fits."""
-        self._steps = steps
         for batch in self._batches:
             batch.clock.fill_(steps)
-        own = self._remembered()
+        own, counts = self._remembered(), self._counts()
         for label in own.keys() & layers.keys():
-            if fits(own[label], layers[label]):
+            if fits(own[label], layers[label], counts[label]):
                 for name, tensor in own[label].items():
                     tensor.copy_(layers[label][name])
 
@@ -249,7 +257,7 @@ class NormDecay:
         self._settle(uses)
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            self.load_state_dict(pending)
+            self.load_state_dict({**pending, "beta": self._beta})  # which may have been set since
 
     def _settle(self, uses: list[Use]) -> None:
         names = [name for name, module in self._model.named_modules() if isinstance(module, LAYERS)]
@@ -327,11 +335,12 @@ class NormDecay:
         """Weights were replaced, moved or sharded: follow them, with what is remembered of the old ones."""
         labels, steps = self._labels(), int(self._batches[0].clock)
         replaced = [labels[batch.members[j]] for batch in self._batches for j in batch.replaced()]
-        before = self._remembered()
+        before, counts = self._remembered(), self._counts()
         self._bind()
-        self._restore(before, steps)
+        kept = {label: before[label] for label, count in self._counts().items() if count == counts[label]}
+        self._restore(kept, steps)
         after = self._remembered()
-        anew = [label for label in labels if not fits(after[label], before[label])]
+        anew = [label for label in labels if label not in kept or not fits(after[label], kept[label], counts[label])]
         if steps and (replaced or anew):
             lost = f"; the average of {', '.join(map(repr, anew))} starts anew" if anew else ""
             what = f"{', '.join(map(repr, replaced or anew))} was {'replaced' if replaced else 'cast'}"

@@ -75,6 +75,12 @@ def slice_lengths(weights: Sequence[Tensor], layers: Sequence[LayerPlan], linf: 
     ]
 
 
+def slice_counts(weights: Sequence[Tensor], layers: Sequence[LayerPlan], linf: bool) -> list[int]:
+    """Channels of each layer, of which one wins: columns, or rows, of all groups."""
+    shapes = [as_matrix(weight, layer).shape for weight, layer in zip(weights, layers, strict=True)]
+    return [shape[0] * shape[2 if linf == layer.transposed else 1] for shape, layer in zip(shapes, layers, strict=True)]
+
+
 def _slice_shape(weight: Tensor, layer: LayerPlan, column: bool) -> list[int]:
     _, rows, columns, *taps = as_matrix(weight, layer).shape
     return [rows if column else columns, *taps]

@@ -262,6 +262,60 @@ def test_a_state_of_another_model_names_the_layer():
     assert str(mine.state_dict()["steps"]) == str(before["steps"])
 
 
+def late_winner(channels, ord):
+    """A layer whose last channel wins, its norm decay, and what lies behind its gradient."""
+    weight = torch.ones(*((4, channels) if ord == 1 else (channels, 4)), 3, 3)
+    (weight[:, -1] if ord == 1 else weight[-1]).mul_(10)
+    model = nn.Sequential(nn.Conv2d(weight.shape[1], weight.shape[0], 3, padding=1, bias=False))
+    model[0].weight = nn.Parameter(weight)
+    decay = convnorm.NormDecay(model, {"0": [8, 8]}, beta=1.0, ord=ord)
+    return model, decay, roomy_gradient(model[0])
+
+
+def roomy_gradient(layer):
+    memory = torch.zeros(20 * layer.weight.numel())
+    layer.weight.grad = memory[: layer.weight.numel()].view_as(layer.weight)
+    return memory[layer.weight.numel() :]
+
+
+@pytest.mark.parametrize("ord", [1, math.inf])
+def test_a_state_of_more_channels_is_refused_by_name(ord):
+    """Slices of channels that are not there would be other memory."""
+    _, wide, _ = late_winner(16, ord)
+    wide.step()
+    _, narrow, outside = late_winner(4, ord)
+    with pytest.raises(ValueError, match="does not fit layer '0'"):
+        narrow.load_state_dict(wide.state_dict())
+    narrow.step()
+    assert not outside.any()
+
+
+@pytest.mark.parametrize("keep", [slice(0, 4), slice(12, 16)])
+@pytest.mark.parametrize("ord", [1, math.inf])
+def test_the_average_of_a_weight_with_fewer_channels_starts_anew(ord, keep):
+    model, decay, _ = late_winner(16, ord)
+    decay.step()
+    weight = model[0].weight.detach()
+    model[0].weight = nn.Parameter((weight[:, keep] if ord == 1 else weight[keep]).clone())
+    outside = roomy_gradient(model[0])
+    with pytest.warns(UserWarning, match="'0' was replaced.*the average of '0' starts anew"):
+        decay.step()
+    assert not outside.any()
+    expected = 0.5 * convnorm.subgradient(model[0].weight.detach(), [8, 8], padding=1, ord=ord, layout="dense")
+    torch.testing.assert_close(model[0].weight.grad, expected)
+
+
+def test_a_weight_cut_in_place_is_refused():
+    model, decay, _ = late_winner(16, 1)
+    decay.step()
+    model[0].weight.grad = None
+    model[0].weight.data = model[0].weight.data[:, :4].clone()
+    outside = roomy_gradient(model[0])
+    with pytest.raises((RuntimeError, IndexError)):
+        decay.step()
+    assert not outside.any()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -326,3 +380,34 @@ def test_a_replaced_parameter_is_followed_and_named():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         decay.step()
+
+
+@pytest.mark.parametrize("example", [SHAPE, None])
+def test_a_schedule_that_was_set_on_the_way_resumes_where_it_was(example):
+    def run(model, decay, steps):
+        train(model, decay.step, steps, lr=0.0)
+        return decay.beta
+
+    model = network()
+    decay = convnorm.NormDecay(model, example, beta=0.5)
+    run(model, decay, 3)
+    decay.beta = lambda step: 1.0 + step
+    assert run(model, decay, 2) == 2.0
+    resumed = convnorm.NormDecay(model, example, beta=lambda step: 1.0 + step)
+    resumed.load_state_dict(decay.state_dict())
+    assert run(model, resumed, 1) == run(model, decay, 1) == 3.0
+    model.linear.weight = nn.Parameter(model.linear.weight.detach())
+    with pytest.warns(UserWarning, match="'linear' was replaced"):
+        assert run(model, decay, 1) == 4.0
+
+
+def test_beta_that_is_set_after_loading_counts_where_layers_are_not_known_yet():
+    model = network()
+    decay = convnorm.NormDecay(model, SHAPE, beta=0.5)
+    train(model, decay.step, 1)
+    resumed = convnorm.NormDecay(model, beta=0.1)
+    resumed.load_state_dict(decay.state_dict())
+    assert resumed.beta == 0.5
+    resumed.beta = 2.0
+    train(model, resumed.step, 1)
+    assert resumed.beta == 2.0

@@ -209,7 +209,8 @@ void step(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, 
   auto* places = static_cast<const int64_t*>(winners.const_data_ptr());
   auto* layer_rates = static_cast<const double*>(rates.const_data_ptr());
   int64_t& now = *static_cast<int64_t*>(clock.mutable_data_ptr());
-  const int64_t newest = now++ % terms;
+  STD_TORCH_CHECK(terms > 0 && now >= 0, "convnorm: the state is that of other weights");
+  const int64_t newest = now % terms;
 
   std::vector<double> shares;  // of a term in h, by its age
   for (int64_t age = 0; age < terms; ++age)
@@ -219,16 +220,24 @@ void step(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, 
   std::vector<int64_t> begin{0};
   for (int64_t i = 0; i < layers; ++i) {
     weight_matrices.push_back(as_matrix(weights[i], plan[i]));
-    if (grads[i].numel()) grad_matrices[i] = as_matrix(grads[i], plan[i]);
+    if (grads[i].numel()) {
+      grad_matrices[i] = as_matrix(grads[i], plan[i]);
+      STD_TORCH_CHECK(grads[i].size(0) == weights[i].size(0) && grads[i].size(1) == weights[i].size(1),
+                      "convnorm: a gradient is that of another weight");
+    }
     const bool column = linf == plan[i].transposed;
     begin.push_back(begin.back() + slice_length(weight_matrices[i], column));
     const int64_t found = (column ? plan[i].inputs : plan[i].outputs).size();
     const int64_t most = weight_matrices[i].groups * (column ? weight_matrices[i].columns : weight_matrices[i].rows);
     STD_TORCH_CHECK(places[2 * i] >= 0 && places[2 * i] < most && places[2 * i + 1] >= 0 && places[2 * i + 1] < found,
                     "convnorm: winners are those of other weights");
-    ring_channels[newest * layers + i] = places[2 * i];
+    for (int64_t slot = 0; slot < terms; ++slot)  // a slice of a channel that there is not would be other memory
+      STD_TORCH_CHECK(slot == newest || ring_channels[slot * layers + i] < most,
+                      "convnorm: the state is that of other weights");
   }
   STD_TORCH_CHECK(begin.back() == length, "convnorm: the state is that of other weights");
+  for (int64_t i = 0; i < layers; ++i) ring_channels[newest * layers + i] = places[2 * i];
+  ++now;
 
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) {
