@@ -356,7 +356,7 @@ def project_batch_norms_(model: nn.Module, *, bound: float | Tensor) -> nn.Modul
         weight = module.weight
         bounds = bounds_of(bound, module.num_features, weight.device)
         limit = below(bounds * (module.running_var.double() + module.eps).sqrt(), 4)
-        if not (weight.isfinite() & limit.isfinite()).all():
+        if not (weight.isfinite() & module.running_var.isfinite() & ~limit.isnan()).all():  # a bound may be inf
             raise GeometryError(f"convnorm: weight or running_var of batch norm {name!r} holds NaN or inf")
         clipped = toward_zero(limit, weight.dtype).copysign(weight)
         weight.copy_(torch.where(weight.double().abs() > limit, clipped, weight))

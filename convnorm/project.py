@@ -136,24 +136,32 @@ def project(
 
 
 def project_weight(weight: Tensor, bounds: Tensor, constraint: Constraint) -> Tensor:
-    plan, column, groups = constraint.plan, constraint.column, constraint.groups
-    projected, signs, active, counts, merged = torch.ops.convnorm.project(weight, bounds, plan, column)
+    projected, signs, active, counts, merged = torch.ops.convnorm.project(
+        weight, bounds, constraint.plan, constraint.column
+    )
     seen = torch.is_grad_enabled() and (weight.requires_grad or bounds.requires_grad)
     if not seen and not _transformed():
         return projected
-    # the same values, now linear functions of weight and bound
+    with torch.autocast(weight.device.type, enabled=False):  # in which matrix products would be of half precision
+        linear = _linear(weight, bounds, Face(signs, active), counts, merged, constraint)
+    return projected + (linear - linear.detach()).to(weight.dtype)
+
+
+def _linear(
+    weight: Tensor, bounds: Tensor, face: Face, counts: Tensor, merged: Tensor, constraint: Constraint
+) -> Tensor:
+    """The same values, now linear functions of weight and bound."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    matrix = matrix_of(weight.to(wide), groups, column)
-    x0, bounds, face = _channels(matrix), bounds.to(wide), Face(signs, active)
+    matrix = matrix_of(weight.to(wide), constraint.groups, constraint.column)
+    x0, bounds = _channels(matrix), bounds.to(wide)
     if constraint.merges:  # this case takes large tables
-        some = active.any(1).nonzero().squeeze(1)
-        part = on_face(x0[some], bounds[some], Face(signs[some], active[some]), counts, merged)
+        some = face.active.any(1).nonzero().squeeze(1)
+        part = on_face(x0[some], bounds[some], Face(face.signs[some], face.active[some]), counts, merged)
         linear = x0.index_copy(0, some, part)
     else:
         linear = on_face(x0, bounds, face, counts, disjoint=constraint.disjoint)
     linear = linear.view(matrix.shape)
-    linear = (linear.transpose(1, 2) if column else linear).reshape(weight.shape)
-    return projected + (linear - linear.detach()).to(weight.dtype)
+    return (linear.transpose(1, 2) if constraint.column else linear).reshape(weight.shape)
 
 
 def _transformed() -> bool:

@@ -73,6 +73,7 @@ class Recorder:
             self._columns = columns([use.layer for use in self._uses])
         self._every, self._flush_every = every, flush_every
         self._pending: list[tuple[int, list[Tensor]]] = []
+        self._batches: dict[tuple, list[int]] = {}
         self._file = (Table if Path(path).suffix == ".csv" else Events)(Path(path), labels, start)
         self._next = self._file.first
 
@@ -81,7 +82,8 @@ class Recorder:
         number, self._next = self._next, self._next + 1
         if number % self._every:
             return
-        self._pending.append((number, self._measure()))
+        values = self._measure()  # may flush what is pending
+        self._pending.append((number, values))
         if len(self._pending) == self._flush_every:
             self.flush()
 
@@ -93,6 +95,9 @@ class Recorder:
         batches: dict[tuple, list[int]] = {}
         for i, weight in enumerate(weights):
             batches.setdefault((weight.device, weight.dtype), []).append(i)
+        if batches != self._batches:  # the model was moved or cast: what is pending lies elsewhere
+            self.flush()
+        self._batches = batches
         self._members = [i for own in batches.values() for i in own]
         found = []
         for own in batches.values():

@@ -663,3 +663,29 @@ def test_channels_take_turns(monkeypatch):
     ball = ball_of(constraint.plan, constraint.column, weight.device)
     changes = list(changes_of(weight[None].transpose(1, 2), torch.full((8,), 2.0), ball))
     assert [len(change.channels) for change in changes] == [1] * 8
+
+
+@pytest.mark.parametrize("ord", ORDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("mode", "size"), [("zeros", 8), ("zeros", 2), ("reflect", 8), ("circular", 8)])
+def test_autocast_changes_neither_weight_nor_gradient(mode, size, dtype, ord):
+    torch.manual_seed(0)
+    conv = constrain(nn.Conv2d(4, 6, 3, padding=1, padding_mode=mode), [size, size], ord=ord, bound=0.3)
+    conv.parametrizations.weight.original.data *= 1e5  # whose sums are beyond float16
+    towards = torch.randn(6, 4, 3, 3)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            weight = conv.weight
+        (gradient,) = torch.autograd.grad((weight * towards).sum(), conv.parametrizations.weight.original)
+        results += [weight.detach(), gradient]
+    assert torch.equal(results[0], results[2])
+    assert torch.equal(results[1], results[3])
+
+
+def test_batch_norms_may_be_unbounded():
+    norm = nn.BatchNorm1d(3)
+    nn.init.constant_(norm.weight, 10.0)
+    project_batch_norms_(norm, bound=torch.tensor([1.0, inf, 20.0]))
+    assert norm.weight[0] <= 1.00001
+    assert norm.weight[1:].tolist() == [10.0, 10.0]

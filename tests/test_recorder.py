@@ -194,3 +194,13 @@ def test_tensorboard_is_named_where_it_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(ImportError, match="package tensorboard is not installed: pip install tensorboard"):
         Recorder(network(), SHAPE, tmp_path / "run")
+
+
+def test_a_layer_that_is_cast_on_the_way_is_recorded(tmp_path):
+    model, path = network(), tmp_path / "norms.csv"
+    with Recorder(model, SHAPE, path) as recorder:
+        recorder.step()
+        model[0].double()
+        recorder.step()
+    recorded = read(path)
+    assert recorded[1] == pytest.approx(recorded[0])
