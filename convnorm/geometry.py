@@ -171,6 +171,10 @@ def _shorten(n: int, taps: int, stride: int, before: int, after: int, dilation: 
     """
     enough = 2 * (before + after + dilation * (taps - 1) + stride + 1)
     short = int(enough + (n - enough) % stride if n > enough else n)
+    outputs = (short + before + after) // stride  # at least as many as there are, but for one
+    if outputs > short and outputs * taps > MOST_ENTRIES:
+        what = f"needs windows of {outputs} outputs by {taps} taps at in_shape {int(n)}, stride {stride} and dilation"
+        _refuse("padding", (before, after), f"{what} {dilation}: too large a table")
     if short * taps > MOST_ENTRIES:
         sizes = f"stride {stride}, padding {(before, after)} and dilation {dilation}"
         _refuse("in_shape", int(n), f"needs windows of {short} inputs by {taps} taps at {sizes}: too large a table")

@@ -86,7 +86,7 @@ def window_counts(winner: Tensor, plan: Sequence[int], column: bool) -> Tensor:
 def _window_table(plan: tuple[int, ...], column: bool, device: torch.device) -> Tensor:
     """counts[windows, *merged taps]: the products of the windows of the axes."""
     (layer,) = read_plan(plan)
-    table = torch.ones(1)
+    table = torch.ones(1, dtype=torch.float32)  # whatever the default: library.py promises it to compilers
     for axis in layer.axes:
         side = _counts(axis.inputs if column else axis.outputs, axis.merged_taps)
         table = torch.einsum("w...,va->wv...a", table, side).flatten(0, 1)

@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <numeric>
+#include <set>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -42,8 +43,10 @@ class PlanReader {
   LayerPlan layer() {
     LayerPlan plan{next(), next() != 0, {}, {{0}}, {{0}}, {{0}}, false};
     const int64_t axes = below(4, next());
+    int64_t layer_taps = 1;
     for (int64_t i = 0; i < axes; ++i) {
-      const int64_t taps = next();
+      const int64_t taps = below(kMostTaps, next());
+      if ((layer_taps *= taps) >= kMostTaps) below(0, taps);
       Lists merged = lists(taps);
       if (merged.empty())
         for (int32_t tap = 0; tap < taps; ++tap) merged.push_back({tap});
@@ -54,7 +57,11 @@ class PlanReader {
       plan.outputs = product(plan.outputs, windows(merged_taps), merged_taps);
     }
     drop_uncounted(plan);
-    for (const auto& taps : plan.merged) plan.merges |= taps.size() > 1;
+    std::set<int32_t> seen;
+    for (const auto& taps : plan.merged) {
+      if (taps.empty()) below(0, 0);
+      plan.merges |= taps.size() > 1 || !seen.insert(taps[0]).second;  // of taps that merge none each stands once
+    }
     return plan;
   }
 
@@ -63,6 +70,7 @@ class PlanReader {
     if (done()) throw std::runtime_error("convnorm: plan ends too early");
     return numbers_[at_++];
   }
+  static constexpr int64_t kMostTaps = int64_t{1} << 26;  // as convnorm/geometry.py has it
   static int64_t below(int64_t limit, int64_t number) {
     if (number < 0 || number >= limit) throw std::runtime_error("convnorm: plan names what does not exist");
     return number;

@@ -49,6 +49,7 @@ BAD = {
     "stride_for_none": ({"stride": []}, "stride", "[]"),
     "padding_negative": ({"padding": [1, -1]}, "padding", "[1, -1]"),
     "padding_negative_after": ({"padding": [1, 1, 1, -3]}, "padding", "[1, 1, 1, -3]"),
+    "padding_past_all_memory": ({"padding": [1, 1 << 62]}, "padding", f"({1 << 62}, {1 << 62})"),
     "padding_for_3_axes": ({"padding": [1, 1, 1]}, "padding", "[1, 1, 1]"),
     "padding_for_none": ({"padding": []}, "padding", "[]"),
     "in_shape_of_1_axis": ({"in_shape": [8]}, "in_shape", "[8]"),
@@ -207,3 +208,32 @@ def test_weights_with_and_without_values_are_refused(device):
     weights = [ones((4, 3, 3, 3), where) for where in (device, "meta")]
     with pytest.raises(GeometryError, match=r"weights on .* and meta"):
         ops.norms_many(weights, *LAYERS.values())
+
+
+# (weight, plan) that do not fit: groups, transposed, axes; of each axis taps, merged taps, input and output windows
+BAD_PLANS = {
+    "no_plan": ((4, 3, 3), []),
+    "ends_early": ((4, 3, 3), [1, 0, 1, 3, 0, 0]),
+    "empty_rows": ((0, 3, 3), [1, 0, 1, 3, 0, 0, 0]),
+    "empty_columns": ((4, 0, 3), [1, 0, 1, 3, 0, 0, 0]),
+    "empty_taps": ((4, 3, 0), [1, 0, 1, 0, 0, 0, 0]),
+    "no_groups": ((4, 3, 3), [0, 0, 1, 3, 0, 0, 0]),
+    "window_past_the_taps": ((4, 3, 3), [1, 0, 1, 3, 0, 1, 1, 3, 0]),
+    "merged_of_nothing": ((4, 3, 3), [1, 0, 1, 3, 2, 0, 1, 0, 0, 0]),
+    "taps_past_all_memory": ((4, 3, 3), [1, 0, 1, 1 << 40, 0, 0, 0]),
+}
+
+
+@pytest.mark.skipif(convnorm.backends()["cpu"]["native"] not in ("serves", "available"), reason="of the C++ kernels")
+@pytest.mark.parametrize("name", BAD_PLANS)
+def test_a_plan_that_does_not_fit_is_refused_by_the_kernels(name):
+    shape, plan = BAD_PLANS[name]
+    with pytest.raises(RuntimeError, match="convnorm"):
+        ops.measure_native([torch.ones(shape)], plan, [])
+
+
+@pytest.mark.skipif(convnorm.backends()["cpu"]["native"] not in ("serves", "available"), reason="of the C++ kernels")
+def test_a_tap_that_is_listed_twice_leaves_no_table():
+    """As two merged taps of one tap each: it stands twice."""
+    l1, linf, _ = ops.measure_native([torch.ones(4, 3, 2)], [1, 0, 1, 2, 3, 1, 0, 1, 0, 1, 1, 0, 0], [])
+    assert (l1.item(), linf.item()) == (12, 9)

@@ -12,6 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from convnorm.winners import _window_table
+
 ops = torch.ops.convnorm
 MANY = ["conv2d", "transposed", "linear", "circular", "depthwise"]
 
@@ -83,6 +85,22 @@ def test_inductor_gives_the_same_values_and_gradients(backend, device):
 
     compiled = torch.compile(both, fullgraph=True)
     torch.testing.assert_close(value_and_gradient(compiled, weight), value_and_gradient(both, weight))
+
+
+@pytest.fixture
+def doubles_by_default():
+    _window_table.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+    _window_table.cache_clear()
+
+
+@pytest.mark.usefixtures("doubles_by_default")
+def test_what_compilers_are_told_holds_for_any_default_dtype(device):
+    """Compiled code would read doubles as floats: wrong gradients, and no word of it."""
+    winner = torch.zeros(2, dtype=torch.int64, device=device)
+    torch.library.opcheck(ops.window_counts.default, (winner, TABLE["stride_2"].plan, True))
 
 
 class Regularised(torch.nn.Module):
