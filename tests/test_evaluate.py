@@ -2,7 +2,12 @@
 
 import argparse
 import json
+import os
+import shutil
+import subprocess
+import sys
 from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -173,3 +178,45 @@ def test_a_network_without_numbers_is_named(training, data, tmp_path):
     broken.save(file := tmp_path / "broken.pt")
     with pytest.raises(ValueError, match=r"broken.pt' gives logits that are not finite"):
         evaluate.evaluate(file, data, eps=0.1, images=2, attacks=("pgd",), out=tmp_path, device=CPU)
+
+
+def test_the_page_says_how_far_a_killed_training_came(training, data, tmp_path):
+    killed = deepcopy(training)
+    killed.history = [{"epoch": 1}, {"epoch": 2}]
+    killed.save(file := tmp_path / "killed.pt")
+    found = evaluate.evaluate(file, data, eps=0.1, images=2, attacks=("pgd",), out=tmp_path, device=CPU)
+    assert found["epochs"] == 2
+    assert ", 2 of 120 epochs of " in (tmp_path / "evaluation.md").read_text(encoding="utf-8")
+
+
+def test_numbers_are_there_only_with_their_page(checkpoint, data, tmp_path, monkeypatch):
+    """``widths`` takes an evaluation whose numbers are there for done."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "render", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(checkpoint, data, eps=0.1, images=2, attacks=("pgd",), out=tmp_path, device=CPU)
+    assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_evaluation_and_training_are_without_tf32(training, checkpoint, data, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    loop.network(checkpoint)
+    assert not torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = True
+    loop.Training(training.cell, PROTOCOL, data, CPU)  # what benchmarks.epoch times
+    assert not torch.backends.cudnn.allow_tf32
+
+
+def test_the_page_can_be_written_under_any_locale(tmp_path):
+    results = Path(evaluate.__file__).parent / "results" / "widths-smoke"
+    if not results.exists():
+        pytest.skip("away from the source tree")
+    shutil.copytree(results, tmp_path / "widths")
+    ascii_only = os.environ | {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    command = [sys.executable, "-m", "train", "widths", "--render", "--out", str(tmp_path / "widths")]
+    root = Path(evaluate.__file__).parents[1]
+    done = subprocess.run(command, cwd=root, env=ascii_only, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -36,7 +36,8 @@ def main(tmp_path, capsys):
 
     def call(*arguments):
         try:
-            status = command.main([*map(str, arguments), *OPTIONS, "--out", str(tmp_path)])
+            options = [option for option in OPTIONS if "widths" not in arguments or not option.startswith("--width=")]
+            status = command.main([*map(str, arguments), *options, "--out", str(tmp_path)])
         except SystemExit as exit:  # argparse's
             status = exit.code
         return status, *capsys.readouterr()
@@ -243,6 +244,9 @@ WRONG = {
     "no cells": (["table2", "--only", "vgg16-*"], "--only vgg16-* is none of the cells, such as vgg11-plain-seed0"),
     "no directory": ([*RUN, "plain", "--dataset", "cifar10"], "data set 'cifar10' needs a directory: --data DIR"),
     "no data": ([*RUN, "plain", "--data", ROOT / "train"], "train' has no data_batch_1, "),
+    "no cells of widths": (["widths", "--only", "vgg16-*"], "--only vgg16-* is none of the cells, such as resnet18-"),
+    "no device for widths": (["widths", "--device", "cuda:99"], "device 'cuda:99' cannot be used: "),
+    "no width of widths": (["widths", "--width", "0.5"], "unrecognized arguments: --width 0.5"),
     "no device": ([*RUN, "plain", "--device", "cuda:99"], "device 'cuda:99' cannot be used: "),
     "no rows": (["table2", "--render"], "rows hold none of table2: there is nothing to show"),
     "no rows of its own": (["figure2", "--render"], "rows hold none of figure2: there is nothing to show"),
@@ -257,6 +261,13 @@ def test_what_is_wrong_is_said_in_one_line(main, case, tmp_path):
     assert last_line(errors).startswith("python -m train")
     assert message in last_line(errors)
     assert not list(tmp_path.rglob("*.pt"))
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "no device"])
+def test_a_device_that_evaluate_cannot_use_is_named(plain, tmp_path, capsys, device):
+    checkpoint = plain / "checkpoints" / f"{CELL.name}.pt"
+    assert command.main(["evaluate", str(checkpoint), "--device", device, "--out", str(tmp_path)]) == 2
+    assert last_line(capsys.readouterr().err).startswith(f"python -m train: device {device!r} cannot be used: ")
 
 
 @pytest.mark.parametrize("arguments", [[*RUN, "clip", "--beta", "1"], ["table2"]])

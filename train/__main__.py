@@ -20,6 +20,7 @@ from .engines import ENGINES, Work
 from .methods import ADVERSARIAL
 from .models import PAPER
 from .progress import Board
+from .ranks import check_usable
 from .run import run
 
 ATTACKS = {"standard": STANDARD, "released": RELEASED, "apgd-ce": ("apgd-ce",)}
@@ -66,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
         all.add_argument(
             "--jobs", type=count, help="cells at a time, on this machine's GPUs or cores (default: one on each)"
         )
-        add_protocol(all, "--seeds")
+        add_protocol(all, "--seeds", less=["--width"] if name == "widths" else ())  # it has widths of its own
         all.set_defaults(command=run_widths if name == "widths" else run_all, experiment=name)
 
     network = commands.add_parser("evaluate", help="all that is measured of one trained network, as a page")
@@ -84,8 +85,8 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
-def add_protocol(command: argparse.ArgumentParser, *more: str) -> None:
-    """The options that say how, where and on what to train."""
+def add_protocol(command: argparse.ArgumentParser, *more: str, less: Sequence[str] = ()) -> None:
+    """The options that say how, where and on what to train; with ``more`` of them, without ``less``."""
     command.add_argument("--preset", choices=PRESETS, default="smoke", help="(default: smoke)")
     command.add_argument("--data", metavar="DIR", help="directory of the data set (or CONVNORM_DATA)")
     command.add_argument("--dataset", choices=NAMES, help="(default: cifar10 if there is a directory, else synthetic)")
@@ -96,7 +97,8 @@ def add_protocol(command: argparse.ArgumentParser, *more: str) -> None:
     for option in ("--epochs", "--training-images", "--test-images", "--attacked-images", "--batch", *more):
         changes.add_argument(option, type=int, metavar="N")
     for option in ("--width", "--learning-rate"):
-        changes.add_argument(option, type=float, metavar="X")
+        if option not in less:
+            changes.add_argument(option, type=float, metavar="X")
     changes.add_argument("--eps", type=evaluate.radius, metavar="X", help="of the attack: 0.031 or 8/255")
     changes.add_argument("--attacks", type=lambda name: ATTACKS.get(name, (name,)), metavar="|".join(ATTACKS))
     changes.add_argument("--variant", choices=ALLOWED["variant"], help="of norm decay and clipping")
@@ -177,7 +179,11 @@ def run_widths(options: argparse.Namespace) -> int:
         return 0
     data, directory = given(options)
     how = chosen(options, "figure2", data)
-    for part, folder, cells in widths.parts(how, out):
+    check_usable(options.device)
+    parts = list(widths.parts(how, out))
+    if not only(parts[0][2], options):
+        raise ValueError(f"--only {' '.join(options.only)} is none of the cells, such as {parts[0][2][0].name}")
+    for part, folder, cells in parts:
         missing = only(rows.missing(folder, cells, part), options)
         failed += fill(missing, Work(part, folder, directory, options.device, options.threads or 1), options)
         for cell in cells:

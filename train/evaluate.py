@@ -25,8 +25,9 @@ from .data import Data, directory_of, inputs, load
 from .evaluation_page import render
 from .made import made_by
 from .measures import STEPS, Spectrum, ascend, confidences, local_lipschitz, margins, robust_and_stable, spectrum
+from .ranks import check_usable
 from .run import AT_ONCE, folded_norms_of, norms_of
-from .training import network
+from .training import network, read
 
 ATTACKS = {"standard": STANDARD, "released": RELEASED, "pgd": ("pgd",)}
 RANKS = 201  # of a layer's singular values, evenly from the largest to the smallest, that are kept
@@ -60,6 +61,7 @@ def radius(text: str) -> float:
 
 
 def main(options: argparse.Namespace) -> int:
+    check_usable(options.device)
     _, _, protocol = network(options.checkpoint)
     out = options.out or options.checkpoint.with_suffix(".evaluation")
     named = options.attacks is not None
@@ -95,7 +97,7 @@ def evaluate(
     device: torch.device,
     tell: Tell = lambda stage: None,
 ) -> dict[str, Any]:
-    """Writes ``out/evaluation.json``, and from it ``out/evaluation.md`` with its figures.
+    """Writes ``out/evaluation.md`` with its figures, and then ``out/evaluation.json``, which holds all that they show.
 
     Accuracy is that of all test images, everything else of the first ``images``. ``attacks`` are AutoAttack's, or
     ``("pgd",)``. A killed evaluation goes on within the attacks.
@@ -140,6 +142,7 @@ def evaluate(
     found: dict[str, Any] = {
         "cell": asdict(cell),
         "protocol": rows.as_json(protocol),
+        "epochs": len(read(checkpoint)["history"]),  # fewer than the protocol's of one that was killed or diverged
         "eps": eps,
         "attacks": list(attacks),
         "iterations": STEPS if tuple(attacks) == ATTACKS["pgd"] else iterations,
@@ -157,11 +160,11 @@ def evaluate(
         "seconds": round(time.perf_counter() - begin, 1),
         "made": made_by(device),
     }
-    with rows.replacing(out / "evaluation.json") as new:
+    render(found, out)
+    with rows.replacing(out / "evaluation.json") as new:  # last: who finds it takes the page for done
         new.write_text(json.dumps(found) + "\n")
     for state in states.values():
         state.unlink(missing_ok=True)
-    render(found, out)
     return found
 
 

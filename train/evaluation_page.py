@@ -28,18 +28,20 @@ def render(found: Found, out: Path) -> Path:
     spectra(found, figures / "spectra")
     norms(found, figures / "norms")
     page = out / "evaluation.md"
-    page.write_text("\n\n".join(_sections(found)) + "\n")
+    page.write_text("\n\n".join(_sections(found)) + "\n", encoding="utf-8")
     return page
 
 
 def _sections(found: Found) -> list[str]:
     cell, made = Cell(**found["cell"]), found["made"]
     protocol = found["protocol"]
+    epochs, done = protocol["epochs"], found.get("epochs", protocol["epochs"])
     strength = "" if cell.strength is None else f" {cell.strength:g}"
     against = f"{', '.join(found['attacks'])} ({found['iterations']} iterations)"
     return [
         f"# {MODELS[cell.model]}, {METHODS[cell.method]}{strength}, seed {cell.seed}",
-        f"- **network**: width x {protocol['width']:g}, {protocol['epochs']} epochs of "
+        f"- **network**: width x {protocol['width']:g}, "
+        f"{epochs if done == epochs else f'{done} of {epochs}'} epochs of "
         f"{protocol['training_images']:,} images of {protocol['dataset']}, variant `{protocol['variant']}`\n"
         f"- **attacks**: {against}, linf, eps {255 * found['eps']:.3g}/255, "
         f"on the first {found['right']['images']:,} test images\n"

@@ -41,7 +41,6 @@ def run(
 
     ``watch`` receives l1 and linf of every layer after each step, as ``convnorm.Recorder`` writes them.
     """
-    torch.backends.cudnn.allow_tf32 = False  # float32 is the reference
     if protocol.batch % ranks.world():
         raise ValueError(f"batch {protocol.batch} is not a multiple of the {ranks.world()} processes")
     training_images, test_images = data.training.first(protocol.training_images), data.test.first(protocol.test_images)

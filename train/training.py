@@ -45,6 +45,7 @@ class Training:
 
     def __init__(self, cell: Cell, protocol: Protocol, data: Data, device: torch.device) -> None:
         self.cell, self.protocol, self.data, self.device = cell, protocol, data, device
+        without_tf32()
         torch.manual_seed(cell.seed)
         network = PAPER[cell.model](data.classes, protocol.width)
         if ranks.world() > 1 and device.type == "cuda":
@@ -171,6 +172,11 @@ def learning_rate(first: float, done: int, steps: int) -> float:
     return first / 10 ** sum(120 * done >= fall * steps for fall in FALLS)
 
 
+def without_tf32() -> None:
+    """Float32 is the reference, in training, attacks and evaluation; cuDNN's convolutions would not keep to it."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def read(checkpoint: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     try:
         state = torch.load(checkpoint, map_location=device, weights_only=True)
@@ -186,6 +192,7 @@ def read(checkpoint: Path, device: torch.device | str = "cpu") -> dict[str, Any]
 
 def network(checkpoint: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, Cell, Protocol]:
     """In evaluation mode, and what it is."""
+    without_tf32()
     state = read(checkpoint, device)
     protocol = Protocol(**state["protocol"] | {"attacks": tuple(state["protocol"]["attacks"])})
     cell = Cell(**state["cell"])

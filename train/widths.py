@@ -81,7 +81,7 @@ def render(out: Path) -> Path:
         raise ValueError(f"folder {str(out)!r} holds no evaluation: there is nothing to show")
     draw(found, out / "figures" / "widths")
     page = out / "widths.md"
-    page.write_text("\n\n".join(_sections(found, diverged(out))) + "\n")
+    page.write_text("\n\n".join(_sections(found, diverged(out))) + "\n", encoding="utf-8")
     return page
 
 
