@@ -51,7 +51,10 @@ def check_model(model: nn.Module, in_shape: list[int]) -> int:
     differences = [0.0]
     training = [module for module in model.modules() if module.training]
     model.eval()  # parametrized weights may change in training whenever they are read
-    for use in observe(model, [1, *in_shape]):
+    uses = observe(model, [1, *in_shape])
+    if not uses:
+        raise ValueError(f"convnorm: model {type(model).__name__} uses no convolutional or fully connected layer")
+    for use in uses:
         found = norms(use.layer)
         row = [attained(use, ord) for ord in (1, math.inf)]
         l1, linf = found.l1.item(), found.linf.item()

@@ -27,7 +27,7 @@ from torch.nn.utils import parametrize
 from . import library
 from .ball import ball_of, below, toward_zero
 from .geometry import GeometryError
-from .layers import LAYERS, Layer, Use, as_layer, naming, observe
+from .layers import Held, Layer, Use, as_layer, named_layers, naming, observe, unwrapped
 from .project import (
     Constraint,
     bound_of_norm,
@@ -76,7 +76,7 @@ class Projection:
         method: str | None = None,
     ) -> None:
         method = method_of(ord, method)
-        uses = observe(model, *inputs)
+        uses = observe(model := unwrapped(model), *inputs)
         bounds = _named_bounds(model, uses, bound)
         by_weight: dict[int, list[Use]] = {}
         for use in uses:
@@ -87,11 +87,12 @@ class Projection:
             self._bounded = [_BoundedNorm.of(shared, method, bounds) for shared in by_weight.values()]
         else:
             self._bounded = [_BoundedWeight.of(shared, ord, bounds) for shared in by_weight.values()]
-        self._ord = ord
+        self._ord, self._held = ord, Held(model, [use for use in uses if use.name in bounds])
 
     @torch.no_grad()
     def step(self) -> None:
         """Project the layers that exceed their bounds."""
+        self._held.warn_of_gone("Projection")
         by_device: dict[torch.device, list[_BoundedWeight | _BoundedNorm]] = {}
         for one in self._bounded:
             by_device.setdefault(one.module.weight.device, []).append(one)
@@ -215,7 +216,7 @@ def _named_bounds(
     model: nn.Module, uses: Sequence[Use], bound: float | Mapping[str, float | Tensor]
 ) -> Mapping[str, float | Tensor]:
     """A bound for each layer that shall have one, all of which the model runs and can write to."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
+    layers = named_layers(model)
     bounds = bound if isinstance(bound, Mapping) else dict.fromkeys(layers, bound)
     seen = {use.name for use in uses}
     if not bounds:

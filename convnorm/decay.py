@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import library
 from .batch import Batch, fits, plan_of, weight_of
-from .layers import LAYERS, Use, Watch, as_layer, naming, observe
+from .layers import Held, Use, Watch, as_layer, inputs_of, named_layers, naming, observe, unwrapped
 from .released import takes_part
 from .sharded import Place, is_dtensor, kind_of, place_of, refuse_sharded, reshard
 
@@ -80,7 +80,7 @@ class NormDecay:
             raise ValueError(f"convnorm: variant {variant!r} must be 'paper' or 'released'")
         self.ord, self.momentum, self.variant = ord, momentum, variant
         self._include, self._exclude = _patterns(include), _patterns(exclude)
-        self._model = _unwrapped(model)
+        self._model = unwrapped(model)
         self.uses: list[Use] = []
         self._batches: list[Batch] = []  # made at the first step
         self._pending: Mapping[str, Any] | None = None  # a state that was loaded before the layers were known
@@ -102,6 +102,8 @@ class NormDecay:
         The norms of the ``measured`` ones of ``batches()`` are those of the weights already.
         """
         batches = self.batches()
+        if not torch.compiler.is_compiling():
+            self._held.warn_of_gone("NormDecay")
         if self._schedule is not None:
             self._set_beta(self._schedule(self._steps))
             self._steps += 1
@@ -141,6 +143,8 @@ class NormDecay:
         3.0
         """
         self._know_layers()
+        if not torch.compiler.is_compiling():
+            self._held.warn_of_gone("NormDecay")
         devices: dict[torch.device, list[int]] = {}
         for i, use in enumerate(self.uses):
             if is_dtensor(use.module.weight):
@@ -260,7 +264,7 @@ class NormDecay:
             self.load_state_dict({**pending, "beta": self._beta})  # which may have been set since
 
     def _settle(self, uses: list[Use]) -> None:
-        names = [name for name, module in self._model.named_modules() if isinstance(module, LAYERS)]
+        names = list(named_layers(self._model))
         wanted = {name for name in names if self._wants(name)}
         left_out = wanted - {use.name for use in uses}
         uses = [use for use in uses if use.name in wanted]
@@ -279,7 +283,7 @@ class NormDecay:
             raise ValueError(f"convnorm: include {self._include} and exclude {self._exclude} leave no layer of {names}")
         for use in uses:
             plan_of(use)
-        self.uses = uses
+        self.uses, self._held = uses, Held(self._model, uses)
         self._betas()
 
     def _wants(self, name: str) -> bool:
@@ -359,14 +363,13 @@ def _find(model: nn.Module, example: Tensor | Sequence[Any] | Mapping[str, Seque
     """The layers and their input sizes: given, or observed on one input or several."""
     if not isinstance(example, Mapping):
         refuse_sharded(model)
-        one = isinstance(example, Tensor) or all(isinstance(size, int) for size in example)
-        return observe(model, *([example] if one else example))
-    modules, uses = dict(model.named_modules()), []
+        return observe(model, *inputs_of(example))
+    modules, uses = named_layers(model), []
     for name, in_shape in example.items():
-        if not isinstance(modules.get(name), LAYERS):
+        if name not in modules:
             raise ValueError(f"convnorm: example names {name!r}, which is no convolutional or fully connected layer")
-        layer = as_layer(modules[name], in_shape)
         with naming(name):
+            layer = as_layer(modules[name], in_shape)
             uses.append(Use(name, modules[name], layer.in_shape, layer.geometry.out_shape))
     return uses
 
@@ -380,17 +383,6 @@ def _beta_of(name: str, beta: float | Mapping[str, float]) -> float:
     if not math.isfinite(beta):
         raise ValueError(f"convnorm: beta {beta!r} of layer {name!r} must be finite")
     return float(beta)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile and DistributedDataParallel, where layers have the names that the user knows."""
-    while True:
-        if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
-            model = model._orig_mod
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        else:
-            return model
 
 
 def _patterns(given: str | Iterable[str]) -> tuple[str, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import operator
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -172,10 +174,10 @@ def as_layer(layer: nn.Module | Tensor | Layer, in_shape: Sequence[int] = (), **
     if unknown:
         raise TypeError(f"convnorm: unknown option {', '.join(sorted(unknown))}")
     given |= {name: plain for name, plain in (("dilation", 1), ("output_padding", 0)) if given[name] is None}
-    sizes = {name: _tuple(given[name], n_axes) for name in ("stride", "padding", "dilation", "output_padding")}
+    sizes = {name: _tuple(name, given[name], n_axes) for name in ("stride", "padding", "dilation", "output_padding")}
     return Layer(
         weight,
-        in_shape=_tuple(in_shape, n_axes),
+        in_shape=_tuple("in_shape", in_shape, n_axes),
         groups=given.get("groups", 1),
         padding_mode=given.get("padding_mode", "zeros"),
         transposed=given.get("transposed", False),
@@ -183,8 +185,13 @@ def as_layer(layer: nn.Module | Tensor | Layer, in_shape: Sequence[int] = (), **
     )
 
 
-def _tuple(value: int | Sequence[int], n_axes: int) -> tuple[int, ...]:
-    return (value,) * n_axes if isinstance(value, int) else tuple(value)
+def _tuple(name: str, value: int | Sequence[int], n_axes: int) -> tuple[int, ...]:
+    if isinstance(value, int):
+        return (value,) * n_axes
+    try:
+        return tuple(n if isinstance(n, (int, torch.SymInt)) else operator.index(n) for n in value)
+    except TypeError:
+        raise GeometryError(f"convnorm: {name} {value!r} must be whole numbers") from None
 
 
 def _options_of(module: nn.Module) -> dict[str, Any]:
@@ -206,6 +213,62 @@ def in_numbers(padding: str | Sequence[int], kernel: Sequence[int], dilation: Se
     return padding
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile and DistributedDataParallel, where layers have the names that the user knows."""
+    while True:
+        if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+            model = model._orig_mod
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+def plain_name(name: str) -> str:
+    """Without what torch.compile puts into the names of what is inside a compiled part.
+
+    >>> plain_name("head._orig_mod.0.weight")
+    'head.0.weight'
+    """
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def named_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """A model's layers by the names that the user knows."""
+    modules = unwrapped(model).named_modules()
+    return {plain_name(name): module for name, module in modules if isinstance(module, LAYERS)}
+
+
+class Held:
+    """Where a model holds its layers, to see when others have taken their places."""
+
+    def __init__(self, model: nn.Module, uses: Sequence[Use]) -> None:
+        self._model, self._names = model, {use.module: use.name for use in uses}
+        self._bind()
+
+    def _bind(self) -> None:
+        children = [(parent._modules, key) for parent in self._model.modules() for key in parent._modules]
+        self._places = [
+            (own, key, own[key])
+            for own, key in children
+            if own[key] is not None and any(module in self._names for module in own[key].modules())
+        ]
+
+    def warn_of_gone(self, what: str) -> None:
+        """Once, of layers that the model does not hold any more."""
+        if all(own.get(key) is module for own, key, module in self._places):
+            return
+        present = set(self._model.modules())
+        gone = [repr(self._names.pop(module)) for module in list(self._names) if module not in present]
+        self._bind()
+        if gone:
+            warnings.warn(
+                f"convnorm: the model does not hold layer {', '.join(gone)} any more, and what took its place is left "
+                f"out: make another {what}",
+                stacklevel=3,
+            )
+
+
 @dataclass(frozen=True)
 class Use:
     """A layer of a model, by name, and one input size that it was used at."""
@@ -225,6 +288,31 @@ class Use:
         least = replace(layer, output_padding=(0,) * len(self.in_shape)).geometry.out_shape
         extra = tuple(size - low for size, low in zip(self.out_shape, least, strict=True))
         return replace(layer, output_padding=extra)
+
+
+def shape_of(given: Sequence[int]) -> tuple[int, ...]:
+    """Sizes of an input, as whole numbers.
+
+    >>> shape_of([8.0])
+    Traceback (most recent call last):
+    convnorm.geometry.GeometryError: convnorm: input [8.0] must be a tensor, or its shape in whole numbers of at least 0
+    """
+    try:
+        if not isinstance(given, Mapping) and min(shape := tuple(map(operator.index, given)), default=0) >= 0:
+            return shape
+    except TypeError:
+        pass
+    raise GeometryError(f"convnorm: input {given!r} must be a tensor, or its shape in whole numbers of at least 0")
+
+
+def inputs_of(example: Tensor | Sequence[Any]) -> list[Tensor | Sequence[int]]:
+    """One input or its shape, or several of them.
+
+    >>> inputs_of([1, 3, 8, 8]), inputs_of(([1, 3], [1, 5]))
+    ([[1, 3, 8, 8]], [[1, 3], [1, 5]])
+    """
+    several = isinstance(example, (list, tuple)) and any(isinstance(x, (Tensor, Sequence)) for x in example)
+    return list(example) if several else [example]
 
 
 @contextmanager
@@ -250,10 +338,9 @@ class Watch:
         self.running = ""  # the layer that was entered last
         self._uses: dict[tuple[nn.Module, tuple[int, ...], tuple[int, ...]], Use] = {}
         self._hooks = []
-        for name, module in model.named_modules():
-            if isinstance(module, LAYERS):
-                self._hooks.append(module.register_forward_pre_hook(partial(self._enter, name)))
-                self._hooks.append(module.register_forward_hook(partial(self._see, name), with_kwargs=True))
+        for name, module in named_layers(model).items():
+            self._hooks.append(module.register_forward_pre_hook(partial(self._enter, name)))
+            self._hooks.append(module.register_forward_hook(partial(self._see, name), with_kwargs=True))
 
     def close(self) -> list[Use]:
         """The layers in the order of their use, each once for every input size."""
@@ -283,6 +370,7 @@ def observe(
     >>> [(use.name, use.in_shape) for use in observe(model, [1, 3, 8, 8])]
     [('0', (8, 8)), ('2', ())]
     """
+    inputs = tuple(x if isinstance(x, Tensor) else shape_of(x) for x in inputs)
     for name, module in model.named_modules():
         own = chain(module.parameters(recurse=False), module.buffers(recurse=False))
         if any(nn.parameter.is_lazy(tensor) for tensor in own):

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .layers import observe
-from .reporting.find import evaluating, inputs_of
+from .layers import Held, inputs_of, observe, unwrapped
+from .reporting.find import evaluating
 from .reporting.measure import columns
 from .reporting.optional import optional
 from .sharded import refuse_sharded
@@ -61,7 +61,9 @@ class Recorder:
             if value < 1:
                 raise ValueError(f"convnorm: {name} {value} must be at least 1")
         refuse_sharded(model)
+        model = unwrapped(model)
         self._uses = observe(model, *inputs_of(example))
+        self._held = Held(model, self._uses)
         if not self._uses:
             raise ValueError(f"convnorm: model {type(model).__name__} uses no convolutional or fully connected layer")
         names = [use.name for use in self._uses]
@@ -82,6 +84,7 @@ class Recorder:
         number, self._next = self._next, self._next + 1
         if number % self._every:
             return
+        self._held.warn_of_gone("Recorder")
         values = self._measure()  # may flush what is pending
         self._pending.append((number, values))
         if len(self._pending) == self._flush_every:

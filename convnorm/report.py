@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .geometry import GeometryError
+from .layers import inputs_of, unwrapped
 from .reporting.bounds import LipschitzBound, lipschitz_bounds
-from .reporting.find import find, inputs_of
+from .reporting.find import find
 from .reporting.measure import Progress, measure
 from .reporting.row import ORDS, Row
 from .sharded import refuse_sharded
@@ -55,6 +56,7 @@ def report(
     if isinstance(model, nn.Module):
         if example is None:
             raise GeometryError("convnorm: example is missing: an input of the model, or its shape")
+        model = unwrapped(model)
         refuse_sharded(model)
         inputs = inputs_of(example)
         found, others = find(model, *inputs)

@@ -461,3 +461,13 @@ def test_what_cannot_be_is_refused_by_name_and_value(what):
     with pytest.raises((GeometryError, ValueError), match=message) as error:
         call()
     assert str(error.value).startswith("convnorm: ")
+
+
+def test_singular_values_are_clipped_to_what_is_left_where_taps_cancel():
+    """On two places the outer taps read the same: clipped they cancel, in float32, which the search is in."""
+    conv = nn.Conv1d(2, 1, 3, padding=1, padding_mode="circular", dtype=torch.float64)
+    with torch.no_grad():
+        conv.weight.copy_(torch.tensor([[-0.54, -2.21, 2.113], [-0.004, 1.38, -1.3505]]))
+    weight = project(conv, [2], ord=2, bound=1e-8, method="clip").detach()
+    same, other = weight[0, :, 1], weight[0, :, 0] + weight[0, :, 2]
+    assert max((same + other).norm(), (same - other).norm()) <= 1e-8

@@ -178,3 +178,8 @@ def test_a_wrong_command_shows_how_to_use_it(capsys, arguments):
         command.main(arguments)
     assert end.value.code == 2
     assert "usage: python -m convnorm" in capsys.readouterr().err
+
+
+def test_check_refuses_a_model_without_layers(capsys):
+    assert command.main(["check", "torch.nn:ReLU", "--input", "3", "8", "8"]) == 2
+    assert "uses no convolutional or fully connected layer" in capsys.readouterr().err

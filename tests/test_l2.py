@@ -673,3 +673,11 @@ def test_every_method_runs_where_the_weight_is(name, device):
     within = convnorm.project(weight, case.in_shape, ord=2, bound=truth / 2, **how)
     assert within.device == weight.device
     assert true_norm(within, case) <= truth / 2 * (1 + ROUNDING)
+
+
+def test_what_a_layer_of_zeros_attains_is_an_input_to_start_from():
+    conv = nn.Conv2d(4, 2, 1)
+    nn.init.zeros_(conv.weight)
+    found = convnorm.l2(conv, [4, 4])
+    assert torch.linalg.vector_norm(found.right).item() == pytest.approx(1)
+    assert convnorm.l2(conv, [4, 4], start=found.right).upper == 0

@@ -270,3 +270,22 @@ def test_observe_runs_no_compiled_code(part, in_place):
     else:
         model = torch.compile(model, backend=backend)
     assert [use.in_shape for use in observe(model, [1, 3, 8, 8])] == [(8, 8), ()]
+
+
+SHAPES = [[1, 3, 8.0, 8], [1, 3, -8, 8], {"x": [1, 3, 8, 8]}, 5, "abc", [None, 3, 8, 8]]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("function", [convnorm.report, convnorm.lipschitz, observe])
+def test_shapes_that_are_none_are_named(function, shape):
+    with pytest.raises(GeometryError, match=r"convnorm: input .* in whole numbers"):
+        function(nn.Conv2d(3, 4, 3), shape)
+
+
+def test_sizes_that_are_no_whole_numbers_are_named():
+    weight = torch.randn(4, 3, 3, 3)
+    for function in (convnorm.l2, convnorm.norms, convnorm.witness, convnorm.singular_values):
+        with pytest.raises(GeometryError, match=r"in_shape \[5.0, 5\] must be whole numbers"):
+            function(weight, [5.0, 5])
+    assert convnorm.l2(weight, np.array([5, 5])).upper == convnorm.l2(weight, [5, 5]).upper
+    assert convnorm.report(nn.Conv2d(3, 4, 3), [1, 3, np.int64(8), 8], l2=False).inputs == ((1, 3, 8, 8),)

@@ -6,8 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from as_matrix import Of
 from torch import nn
 
+from convnorm.geometry import GeometryError
 from convnorm.network import jacobian_norm, lipschitz, operators, trace
 from convnorm.network.trace import exported
 
@@ -286,3 +288,11 @@ def test_a_bound_needs_no_forward_pass():
     model = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(64, 8, 3))
     small, large = (lipschitz(model, [1, 3, n, n], ord=1).upper for n in (64, 1 << 18))
     assert small == pytest.approx(large, rel=1e-12)
+
+
+def test_factors_beyond_float64_are_no_crash():
+    for divisor in (5e-324, -5e-324, torch.full((3, 1, 1), 5e-324, dtype=torch.float64)):
+        with pytest.raises(GeometryError, match=r"node 'div'.*no finite number"):
+            lipschitz(Of(lambda x, divisor=divisor: x / divisor), [1, 3, 8, 8])
+    bound = lipschitz(Of(lambda x: (x * 1.7e308).sum((1, 2))), [1, 3, 2, 2], ord=2)
+    assert bound.log10_upper == pytest.approx(math.log10(1.7e308) + math.log10(6) / 2)

@@ -314,3 +314,11 @@ def test_several_inputs_and_outputs_are_parts_of_one():
 def test_every_rule_is_of_an_operation_that_pytorch_has():
     assert all(hasattr(torch.ops.aten, name) for name in RULES)
     assert len(RULES) > 100
+
+
+@pytest.mark.parametrize("function", [F.rms_norm, torch.rms_norm])
+@pytest.mark.parametrize("ord", [1, 2, math.inf])
+def test_jacobians_of_rms_norm_as_a_function_have_the_eps_of_the_networks_precision(function, ord):
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), Of(lambda x: function(x, (4,))))
+    below = jacobian_norm(model, torch.full((1, 4), 1e-12), ord=ord)
+    assert below <= lipschitz(model, [1, 4], ord=ord).upper

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import jvp, vjp
+from torch.overrides import TorchFunctionMode
 
 from ..geometry import GeometryError
 from .nonlinear import default_eps
@@ -46,19 +48,33 @@ def jacobian_norm(model: nn.Module, x: Tensor, *, ord: float = 2, steps: int = S
     return found * SHORT
 
 
+class EpsOfRMSNorm(TorchFunctionMode):
+    """Gives functions that leave eps to PyTorch that of the network's own precision, not of float64."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self._eps = eps
+
+    def __torch_function__(
+        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (F.rms_norm, torch.rms_norm) and (args[3] if len(args) > 3 else kwargs.get("eps")) is None:
+            args, kwargs = args[:3], kwargs | {"eps": self._eps}
+        return func(*args, **kwargs)
+
+
 class Jacobian:
     """That of each sample of a batch, [batch, ...] to [batch, outputs]; vectors are on the CPU."""
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
         exact = copy.deepcopy(model).eval().requires_grad_(False)
         own = next((p.dtype for p in exact.parameters() if p.is_floating_point()), x.dtype)
-        for module in exact.modules():
-            if isinstance(module, nn.RMSNorm) and module.eps is None:  # that of its precision, not of float64
-                module.eps = default_eps(own)
-        exact = exact.double()
+        exact, same_eps = exact.double(), EpsOfRMSNorm(default_eps(own))
 
         def network(x: Tensor) -> Tensor:
-            y = exact(x)
+            with same_eps:
+                y = exact(x)
             parts = torch.utils._pytree.tree_leaves(y)
             return torch.cat([part.flatten(1) for part in parts], 1)
 

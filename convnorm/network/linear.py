@@ -120,7 +120,7 @@ def scaling(call: Call) -> Linear:
     name, constant = (one, other) if call.depends(one) else (other, one)
     factor = call.arguments[constant]
     factor = factor.detach().double() if isinstance(factor, Tensor) else torch.tensor(factor, dtype=torch.float64)
-    if not factor.isfinite().all() or (divides and not factor.all()):
+    if not factor.isfinite().all() or (divides and not factor.reciprocal().isfinite().all()):
         raise Refused("has a factor that is no finite number")
     source, spread = broadcast(call, name, factor.dim())
     return linear(call, source, compose(_factors(call, factor, divides, spread.out_shape), spread))

@@ -102,7 +102,7 @@ def matrix_norm(matrix: Tensor, ord: float) -> float:
         return math.inf
     if ord == 2:  # largest entry near 1, lest squares overflow
         size = float(matrix.abs().max())
-        scale = 2.0 ** math.frexp(size)[1] if 0 < size < math.inf else 1.0
+        scale = 2.0 ** (math.frexp(size)[1] - 1) if 0 < size < math.inf else 1.0  # 2 ** 1024 is none
         return times(float(norms_from_above(matrix / scale)), scale)
     sums = matrix.abs().sum(0 if ord == 1 else 1)
     return times(float(sums.max()), 1 + (max(matrix.shape) + 2) * EPS)

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_iter, tree_map
 
 from ..geometry import GeometryError
-from ..layers import Watch
+from ..layers import Watch, plain_name, shape_of, unwrapped
 from . import activations, linear, moves, nonlinear  # noqa: F401  their rules
 from .calls import RULES, Call, Refused
 from .steps import Input, Joint, Step
@@ -57,6 +57,8 @@ def trace(
 
 def exported(model: nn.Module, *inputs: Tensor | Sequence[int]) -> torch.export.ExportedProgram:
     """The model's graph in evaluation mode; its training flags are as before."""
+    model = unwrapped(model)
+    inputs = tuple(x if isinstance(x, Tensor) else shape_of(x) for x in inputs)
     held = chain(model.parameters(), model.buffers())
     like = next((tensor for tensor in held if tensor.is_floating_point()), torch.empty(0))
     shaped = [
@@ -118,7 +120,7 @@ class Walk:
         """The outermost module, or the node itself, that a constant was given for."""
         if node.op != "call_function":
             return None
-        paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+        paths = [plain_name(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
         return next((name for name in (*paths, node.name) if name in self.assume), None)
 
     def traced(self) -> Traced:
@@ -313,12 +315,12 @@ def _writes(node: fx.Node) -> bool:
 
 def _key(node: fx.Node, path: str) -> str | None:
     stack = node.meta.get("nn_module_stack") or {}
-    return next((key for key, (own, _) in stack.items() if own == path), None)
+    return next((key for key, (own, _) in stack.items() if plain_name(own) == path), None)
 
 
 def _module(node: fx.Node) -> str:
     """The innermost module that the node belongs to."""
-    return next((path for path, _ in reversed((node.meta.get("nn_module_stack") or {}).values())), "")
+    return next((plain_name(path) for path, _ in reversed((node.meta.get("nn_module_stack") or {}).values())), "")
 
 
 def _described(node: fx.Node) -> str:

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from ..geometry import GeometryError
-from ..layers import LAYERS, Layer, Use, naming, observe
+from ..layers import LAYERS, Layer, Use, naming, observe, plain_name, unwrapped
 from ..unwritten import ASSIGN
 from .calls import BatchNorm, Found, called_layer, is_vector, multiplier
 from .computed import Computations, Computed, Drawn
@@ -48,6 +48,7 @@ def find(model: nn.Module, *inputs: Tensor | Sequence[int]) -> tuple[list[Found]
     >>> [(one.name, one.kind, one.batch_norm and one.batch_norm.name) for one in found], others
     ([('0', 'Conv2d', '1'), ('3', 'Linear', None)], [])
     """
+    model = unwrapped(model)
     seen = Seen(model)
     try:
         observe(model, *inputs, within=seen)
@@ -60,16 +61,6 @@ def find(model: nn.Module, *inputs: Tensor | Sequence[int]) -> tuple[list[Found]
     finally:
         seen.close()
     return seen.found(), seen.others()
-
-
-def inputs_of(example: Tensor | Sequence[Any]) -> list[Tensor | Sequence[int]]:
-    """One input or its shape, or several of them.
-
-    >>> inputs_of([1, 3, 8, 8]), inputs_of(([1, 3], [1, 5]))
-    ([[1, 3, 8, 8]], [[1, 3], [1, 5]])
-    """
-    one = isinstance(example, Tensor) or all(isinstance(size, int) for size in example)
-    return [example] if one else list(example)
 
 
 @contextmanager
@@ -112,7 +103,7 @@ class Seen(TorchFunctionMode):
         self._model = model
         self._names: dict[int, str] = {}
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            self._names.setdefault(id(tensor), name)
+            self._names.setdefault(id(tensor), plain_name(name))
         self._owners = {
             id(module._parameters.get("weight")): module for module in model.modules() if isinstance(module, LAYERS)
         }
@@ -125,7 +116,8 @@ class Seen(TorchFunctionMode):
         for name, module in model.named_modules():
             if isinstance(module, LAYERS) and _runs_as_pytorch(module):
                 self._hooks.append(module.register_forward_pre_hook(self._enter))
-                self._hooks.append(module.register_forward_hook(partial(self._leave, name), with_kwargs=True))
+                leave = partial(self._leave, plain_name(name))
+                self._hooks.append(module.register_forward_hook(leave, with_kwargs=True))
         self._hooks.append(model.register_forward_hook(lambda model, args, result: self._consumed(result)))
 
     def close(self) -> None:
@@ -147,7 +139,7 @@ class Seen(TorchFunctionMode):
 
     def others(self) -> list[str]:
         named = self._model.named_parameters()
-        return [name for name, p in named if not is_vector(p) and id(p) not in self._covered]
+        return [plain_name(name) for name, p in named if not is_vector(p) and id(p) not in self._covered]
 
     # --- while the model runs ----------------------------------------------------------------------------------------
 

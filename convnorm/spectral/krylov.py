@@ -123,7 +123,10 @@ class Lanczos:
         """[1, channels, *in_shape]: the input whose image is the longest found."""
         basis = self._basis[: self.steps]
         side = (self._ritz()[1][:, -1].to(basis) @ basis).view(self._shape).movedim(-1, 1)
-        return side if self._on_inputs else self._there(side)
+        if self._on_inputs:
+            return side
+        right = self._there(side)
+        return right if right.any() else torch.ones_like(right)  # of a layer that is zero any input does
 
     def upper(self, failure: float) -> float:
         """At least the largest squared singular value, but with this probability, given a random start."""
