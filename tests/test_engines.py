@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -169,8 +170,16 @@ def test_a_killed_or_interrupted_command_leaves_no_process_and_goes_on(tmp_path,
 
     def start():
         pipe = subprocess.PIPE
+        heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # tests in the background may not
         return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            start_new_session=True,
+            preexec_fn=heeding,
         )
 
     process = start()
