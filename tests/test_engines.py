@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -147,6 +148,27 @@ def test_ray_rows_are_those_of_one_process(work, expected, monkeypatch):
     assert str(file.absolute()) in ended[CELLS[0]]
     assert "\n" not in ended[CELLS[0]]
     assert found(work.out, CELLS[1:]) == expected[1:]
+
+
+def test_ctrl_c_waits_until_processes_have_started():
+    """Also where another thread takes the signal, which the mask of this one does not hold up."""
+    ended = []
+
+    def start():
+        interrupting.start()
+        with engines.uninterrupted():
+            interrupting.join()
+            time.sleep(0.1)
+            ended.append(True)
+
+    interrupting = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            start()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended
 
 
 def living(group):

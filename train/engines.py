@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from multiprocessing.connection import Connection
@@ -103,10 +104,8 @@ def local(cells: Sequence[Cell], work: Work, jobs: int) -> Iterator[Ended | None
     def begin(place: int) -> None:
         if waiting:
             cell = waiting.popleft()
-            # Ctrl-C goes to all processes of a terminal; workers inherit that it is not for them
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-            running[workers[place].submit(work.do, cell, devices[place % len(devices)])] = cell, place
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            with uninterrupted():
+                running[workers[place].submit(work.do, cell, devices[place % len(devices)])] = cell, place
 
     workers = [worker() for _ in range(jobs)]
     try:
@@ -127,6 +126,25 @@ def local(cells: Sequence[Cell], work: Work, jobs: int) -> Iterator[Ended | None
         held.close()
         for each in workers:
             each.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """While processes start: Ctrl-C goes to all of a terminal, and they inherit that it is not for them. Here it waits
+    until they have started, also where a thread that does not block it takes it.
+    """
+    came: list[int] = []
+    in_main = threading.current_thread() is threading.main_thread()  # which alone has handlers
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number)) if in_main else None
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if in_main:
+            signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def live_by(lifeline: Connection) -> None:
