@@ -119,8 +119,9 @@ class SGD(torch.optim.SGD):
                 continue
             # PyTorch's fused operator does not take some new buffers among old ones, nor see how a buffer is laid out,
             # and where a first step overflows it leaves new buffers as they were found in memory
-            skipped = None in buffers and options["found_inf"] is not None and bool(options["found_inf"])
-            for new in (False,) if skipped else (True, False):
+            missing = any(buffer is None for buffer in buffers)
+            skipped = missing and options["found_inf"] is not None and bool(options["found_inf"])
+            for new in (True, False) if missing and not skipped else (False,):
                 own = [i for i, buffer in enumerate(buffers) if (buffer is None) == new]
                 weights = [params[i] for i in own]
                 kept = [None if new else _laid_out(buffers[i], params[i]) for i in own]
