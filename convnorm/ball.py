@@ -204,7 +204,7 @@ def on_face(
     """
     signs, counts = face.signs.to(x0.dtype), face.active[:, :, None] * counts.to(x0.dtype)
     held = (signs == 0) & counts.any(1)[:, None]
-    target = face.active * bound[:, None]
+    target = torch.where(face.active, bound[:, None], 0)  # a bound may be inf
     if merged is None:  # all normals at one tap are parallel
         kept = x0.masked_fill(held, 0)
         excess = (counts @ (signs * kept).sum(1)[:, :, None]).squeeze(2) - target

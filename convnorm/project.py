@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.library import Library, register_fake
 
 from . import library
 from .ball import Ball, Face, ball_of, below, nearest, on_face, settle, tables_of
 from .geometry import GeometryError
 from .layers import Layer, as_layer
-from .spectral.rescale import clip, rescale
+from .spectral.rescale import clip, rescale, transformed
 
 IN_CACHE, IN_MEMORY = 1 << 16, 1 << 22  # weights, in float64, in a few tables as large, or at worst taps times as large
 
@@ -140,7 +139,7 @@ def project_weight(weight: Tensor, bounds: Tensor, constraint: Constraint) -> Te
         weight, bounds, constraint.plan, constraint.column
     )
     seen = torch.is_grad_enabled() and (weight.requires_grad or bounds.requires_grad)
-    if not seen and not _transformed():
+    if not seen and not transformed():
         return projected
     with torch.autocast(weight.device.type, enabled=False):  # in which matrix products would be of half precision
         linear = _linear(weight, bounds, Face(signs, active), counts, merged, constraint)
@@ -162,11 +161,6 @@ def _linear(
         linear = on_face(x0, bounds, face, counts, disjoint=constraint.disjoint)
     linear = linear.view(matrix.shape)
     return (linear.transpose(1, 2) if constraint.column else linear).reshape(weight.shape)
-
-
-def _transformed() -> bool:
-    """Inside ``torch.func`` or forward differentiation, where a tensor does not say whether it takes part."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def matrix_of(weight: Tensor, groups: int, column: bool) -> Tensor:

@@ -471,3 +471,25 @@ def test_singular_values_are_clipped_to_what_is_left_where_taps_cancel():
     weight = project(conv, [2], ord=2, bound=1e-8, method="clip").detach()
     same, other = weight[0, :, 1], weight[0, :, 0] + weight[0, :, 2]
     assert max((same + other).norm(), (same - other).norm()) <= 1e-8
+
+
+def test_transforms_see_the_first_derivative_of_rescaling():
+    torch.manual_seed(0)
+    weights, tangent = torch.randn(3, 4, 3, 3, dtype=torch.float64), torch.randn(4, 3, 3, dtype=torch.float64)
+
+    def call(weight):
+        return project(weight, [8], ord=2, bound=1.0, padding=1).pow(3).sum()
+
+    grads = torch.stack([torch.autograd.functional.jacobian(call, weight) for weight in weights])
+    torch.testing.assert_close(torch.func.grad(call)(weights[0]), grads[0])
+    torch.testing.assert_close(torch.func.jvp(call, (weights[0],), (tangent,))[1], (grads[0] * tangent).sum())
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(call))(weights), grads)
+    with pytest.raises(GeometryError, match="no second"):
+        torch.func.hessian(call)(weights[0])
+    conv = constrain(nn.Conv2d(3, 4, 3), [6, 6], ord=2, bound=0.5)
+    parameters = {name: parameter.detach() for name, parameter in conv.named_parameters()}
+
+    def loss(parameters):
+        return torch.func.functional_call(conv, parameters, (torch.ones(1, 3, 6, 6),)).square().sum()
+
+    assert torch.func.grad(loss)(parameters)["parametrizations.weight.original"].isfinite().all()

@@ -689,3 +689,22 @@ def test_batch_norms_may_be_unbounded():
     project_batch_norms_(norm, bound=torch.tensor([1.0, inf, 20.0]))
     assert norm.weight[0] <= 1.00001
     assert norm.weight[1:].tolist() == [10.0, 10.0]
+
+
+@pytest.mark.parametrize("ord", ORDS)
+@pytest.mark.parametrize("sizes", [[6], [2]])  # disjoint and overlapping windows
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+def test_a_bound_of_inf_leaves_weights_and_their_gradients_as_they_are(ord, sizes, mode):
+    torch.manual_seed(0)
+    weight = torch.randn(4, 4, 3, dtype=torch.float64, requires_grad=True)
+    bound = torch.tensor([inf, 0.5, inf, 0.3], dtype=torch.float64)
+    options = {"ord": ord, "bound": bound, "padding": 1, "padding_mode": mode}
+    projected = project(weight, sizes, **options)
+    assert torch.equal(projected.detach(), project(weight.detach(), sizes, **options))
+    projected.sum().backward()
+    free = (slice(None), [0, 2]) if ord == 1 else ([0, 2],)
+    assert torch.equal(projected.detach()[free], weight.detach()[free])
+    assert weight.grad.isfinite().all()
+    assert (weight.grad[free] == 1).all()
+    linear = constrain(nn.Linear(3, 2), ord=ord, bound=inf)
+    assert torch.equal(linear.weight, linear.parametrizations.weight.original)

@@ -681,3 +681,14 @@ def test_what_a_layer_of_zeros_attains_is_an_input_to_start_from():
     found = convnorm.l2(conv, [4, 4])
     assert torch.linalg.vector_norm(found.right).item() == pytest.approx(1)
     assert convnorm.l2(conv, [4, 4], start=found.right).upper == 0
+
+
+@pytest.mark.parametrize(("n", "taps", "stride", "mode"), [(8, 1, 2, "replicate"), (4, 2, 3, "reflect")])
+def test_no_singular_value_is_lost_on_a_circle_that_is_larger_than_the_input(n, taps, stride, mode):
+    torch.manual_seed(0)
+    weight = torch.randn(3, 1, taps, dtype=torch.float64)
+    found = singular_values(weight, [n], stride=stride, padding=1, padding_mode=mode)
+    conv = nn.Conv1d(1, 3, taps, stride, 1, padding_mode=mode, bias=False, dtype=torch.float64)
+    conv.weight.data = weight
+    matrix = conv(torch.eye(n, dtype=torch.float64)[:, None]).flatten(1).T.detach()
+    torch.testing.assert_close(found, torch.linalg.svdvals(matrix))

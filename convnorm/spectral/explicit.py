@@ -144,9 +144,9 @@ def singular_values(
     if circle.whole:
         points = [torch.arange(n, dtype=torch.float64) * (2 * math.pi / n) for n in circle.points]
         grid = torch.cartesian_prod(*points).view(-1, len(points)) if points else torch.zeros(1, 0)
-        values = torch.linalg.svdvals(symbol(circle, grid)).flatten()
+        values = torch.linalg.svdvals(symbol(circle, grid)).flatten().sort(descending=True).values
         unread = min(map(math.prod, zip((one.groups, one.groups), matrix_sizes(one), strict=True))) - len(values)
-        values = F.pad(values, (0, unread))  # of outputs or inputs that the layer has beyond its circle
+        values = F.pad(values, (0, unread))  # zeros of what the layer has beyond its circle, or the circle beyond it
     else:
         rows, columns = matrix_sizes(one)
         if min(rows, columns) > LARGEST or rows * columns > LARGEST**2:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.library import Library, register_fake
 
@@ -137,7 +138,31 @@ def rescale(layer: Layer, bound: Tensor) -> Tensor:
     """``layer.weight`` rescaled, differentiable once, in it and in ``bound``."""
     weight = layer.weight
     outputs = torch.ops.convnorm.rescale(weight.detach(), bound.detach(), *layer.sizes, **layer.options)
-    return _Rescaled.apply(weight, bound, *outputs)
+    if torch.compiler.is_compiling() or not transformed():
+        return _Rescaled.apply(weight, bound, *outputs)
+    if max(_derivatives(weight), _derivatives(bound)) > 1:
+        raise GeometryError("convnorm: ord 2 has first derivatives, and no second ones")
+    rescaled, upper, gradient = outputs  # operations of PyTorch, which every transform knows
+    exact = weight.double()
+    moved = (gradient * exact).sum()
+    over = upper > bound
+    share = torch.where(over, bound / (torch.where(over, upper, 1) + (moved - moved.detach())), 1)
+    linear = exact * share
+    return rescaled + (linear - linear.detach()).to(weight.dtype)
+
+
+def transformed() -> bool:
+    """Inside ``torch.func`` or forward differentiation, where a tensor does not say whether it takes part."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _derivatives(x: Tensor) -> int:
+    """How many of the derivatives that are being taken are with respect to ``x``, or to what it was made of."""
+    functorch, count = torch._C._functorch, 0
+    while functorch.is_functorch_wrapped_tensor(x):
+        count += functorch.is_gradtrackingtensor(x)
+        x = functorch.get_unwrapped(x)
+    return count + x.requires_grad
 
 
 def clip(layer: Layer, bound: Tensor) -> Tensor:
