@@ -89,7 +89,7 @@ def measured(name: str, options: argparse.Namespace) -> Report:
             rtol=options.rtol,
             batch_norm=not options.no_batch_norm,
             bounds=getattr(options, "bounds", False),
-            title=name.partition("=")[0],
+            title=name if exported else name.rpartition("=")[0] or name,
             progress=progress,
         )
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+from torch.utils._pytree import tree_iter
 
 from .reporting.optional import optional
 
@@ -40,7 +40,7 @@ def load_model(name: str) -> nn.Module | ExportedProgram:
     """
     if name.endswith(".pt2"):
         return load_program(name)
-    path, equals, factory = name.partition("=")
+    path, equals, factory = name.rpartition("=")  # the last: paths have some, as in "epoch=3.ckpt"
     if equals:
         return with_weights(factory_of(factory), path, factory)
     return made(factory_of(name), name)
@@ -109,15 +109,18 @@ def load_program(path: str) -> ExportedProgram:
 def with_weights(factory: Callable[[], Any], path: str, name: str) -> nn.Module:
     """The model with the weights of a checkpoint, which stay in the file until they are read.
 
-    It is made on the meta device, so that no weights are drawn that would be overwritten; where it cannot be, or a
-    buffer is not in the checkpoint, it is made as always.
+    It is made on the meta device, so that no weights are drawn that would be overwritten; where it cannot be, a buffer
+    or another tensor that it holds is not in the checkpoint, or parameters are shared, it is made as always.
     """
     state = state_dict(path)
     try:
         with torch.device("meta"):
             model = made(factory, name)
+        own = model.state_dict(keep_vars=True).values()
+        tied = len(set(map(id, own))) < len(own)  # would be torn apart
         filled(model, state, path, name, assign=True)
-        if not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        kept = tree_iter([dict(vars(module)) for module in model.modules()])  # parameters, buffers, plain tensors
+        if not tied and not any(isinstance(x, Tensor) and x.is_meta for x in kept):
             return model
     except Exception:  # said again below, if it was not the meta device's fault
         pass
@@ -128,6 +131,7 @@ def with_weights(factory: Callable[[], Any], path: str, name: str) -> nn.Module:
 
 def filled(model: nn.Module, state: Mapping[str, Tensor], path: str, name: str, assign: bool) -> None:
     own = model.state_dict()
+    state = unprefixed(state, own)
     missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
     wrong = [
         f"{key} of {list(state[key].shape)}, not {list(own[key].shape)}"
@@ -157,9 +161,19 @@ def state_dict(path: str) -> dict[str, Tensor]:
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"convnorm: checkpoint {path!r} holds no state dict of tensors")
+    return dict(state)
+
+
+def unprefixed(state: Mapping[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
+    """Without what wrappers, also several of them, put before all names, unless the model has it there itself.
+
+    >>> unprefixed({"_orig_mod.module.weight": 1}, ["weight"]), unprefixed({"module.weight": 1}, ["module.weight"])
+    ({'weight': 1}, {'module.weight': 1})
+    """
     state = dict(state)
-    for prefix in PREFIXES:
-        consume_prefix_in_state_dict_if_present(state, prefix)
+    while not state.keys() & set(own) and any(key.startswith(PREFIXES) for key in state):
+        prefix = next(prefix for prefix in PREFIXES if any(key.startswith(prefix) for key in state))
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
 
 
