@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 import sys
 
@@ -15,7 +14,7 @@ from torch import nn
 
 from . import loading, norms, witness
 from .command import add_commands
-from .layers import Use, observe
+from .layers import Use, as_stored, observe
 
 TOLERANCE = 1e-5  # relative, of a sum in float32
 
@@ -72,7 +71,7 @@ def check_model(model: nn.Module, in_shape: list[int]) -> int:
 
 def attained(use: Use, ord: float) -> float:
     """||layer(x)|| / ||x|| for the witness x, by the module itself in double precision, without its bias."""
-    module = copy.deepcopy(use.module).double()
+    module = as_stored(use.module).double()
     module.bias = None
     if use.layer.transposed:
         module.output_padding = use.layer.output_padding

@@ -97,6 +97,10 @@ class Batch:
         first = self.weights[0]  # a model is moved and cast as a whole
         return first.device == self.rates.device and first.dtype == self._dtype and not self.replaced()
 
+    def rows(self, i: int) -> list[int]:
+        """Which rows of the weight of layer i are remembered here: from, to, of how many."""
+        return [0, self.weights[i].shape[0], self.weights[i].shape[0]]
+
     def remembered(self, i: int) -> dict[str, Tensor]:
         """What is remembered of layer i, as views."""
         signs = self.state.signs.split(self._lengths, 1)[i]

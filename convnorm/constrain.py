@@ -39,8 +39,10 @@ from .project import (
     method_of,
     project_weight,
 )
+from .sharded import refuse_sharded
 from .spectral.rescale import Proved, project_norm, rescale
 
+WHOLE = "a projection takes whole weights, not those of fully_shard"
 READ_ERROR = 1e-5  # relative, of a norm read in float32: nearer to its bound, a layer is added up in float64
 
 
@@ -76,7 +78,8 @@ class Projection:
         method: str | None = None,
     ) -> None:
         method = method_of(ord, method)
-        uses = observe(model := unwrapped(model), *inputs)
+        refuse_sharded(model := unwrapped(model), WHOLE)
+        uses = observe(model, *inputs)
         bounds = _named_bounds(model, uses, bound)
         by_weight: dict[int, list[Use]] = {}
         for use in uses:
@@ -87,11 +90,12 @@ class Projection:
             self._bounded = [_BoundedNorm.of(shared, method, bounds) for shared in by_weight.values()]
         else:
             self._bounded = [_BoundedWeight.of(shared, ord, bounds) for shared in by_weight.values()]
-        self._ord, self._held = ord, Held(model, [use for use in uses if use.name in bounds])
+        self._ord, self._model, self._held = ord, model, Held(model, [use for use in uses if use.name in bounds])
 
     @torch.no_grad()
     def step(self) -> None:
         """Project the layers that exceed their bounds."""
+        refuse_sharded(self._model, WHOLE)
         self._held.warn_of_gone("Projection")
         by_device: dict[torch.device, list[_BoundedWeight | _BoundedNorm]] = {}
         for one in self._bounded:

@@ -21,7 +21,19 @@ from torch.utils.hooks import RemovableHandle
 
 from . import library
 from .batch import Batch, fits, plan_of, weight_of
-from .layers import Held, Use, Watch, as_layer, inputs_of, named_layers, naming, observe, unwrapped
+from .layers import (
+    Held,
+    Use,
+    Watch,
+    as_layer,
+    current_weight,
+    inputs_of,
+    labels_of,
+    named_layers,
+    naming,
+    observe,
+    unwrapped,
+)
 from .released import takes_part
 from .sharded import Place, is_dtensor, kind_of, place_of, refuse_sharded, reshard
 
@@ -155,7 +167,7 @@ class NormDecay:
         rates, terms = self._rates(), []
         for device, members in devices.items():
             plan = [number for i in members for number in plan_of(self.uses[i]).numbers]
-            weights = [self.uses[i].module.weight for i in members]
+            weights = [current_weight(self.uses[i].module) for i in members]
             norms = library.norms_of(weights, plan, self.ord == math.inf)
             terms.append((torch.tensor([rates[i] for i in members], device=device).to(norms.dtype) * norms).sum())
         return sum(term.to(terms[0].device) for term in terms)
@@ -197,6 +209,7 @@ class NormDecay:
             "beta": dict(self._beta) if isinstance(self._beta, Mapping) else self._beta,
             "steps": int(self._batches[0].clock) if self._batches else 0,
             "scheduled": self._steps,
+            "rows": self._rows(),  # each rank saves its own
             "layers": {
                 label: {name: t.clone() for name, t in own.items()} for label, own in self._remembered().items()
             },
@@ -223,6 +236,13 @@ class NormDecay:
         own, counts = self._remembered(), self._counts()
         if misfits := [label for label in layers if not fits(own[label], layers[label], counts[label])]:
             raise ValueError(f"convnorm: the state does not fit layer {', '.join(map(repr, misfits))}")
+        rows, saved = self._rows(), state.get("rows", {})
+        for label in layers:
+            if list(saved.get(label, rows[label])) != rows[label]:
+                raise ValueError(
+                    "convnorm: the state is of rows {} to {} of {} of layer {!r}, here are rows {} to {} of {}: each "
+                    "rank loads what it saved itself, on as many ranks".format(*saved[label], label, *rows[label])
+                )
         self._restore(layers, state["steps"])
         self._steps = state.get("scheduled", state["steps"])  # a schedule may have been set on the way
         self._has_norms = state["steps"] > 0
@@ -238,6 +258,11 @@ class NormDecay:
         """How many channels each layer has that could win."""
         labels = self._labels()
         return {labels[i]: batch.counts[j] for batch in self._batches for j, i in enumerate(batch.members)}
+
+    def _rows(self) -> dict[str, list[int]]:
+        """Which rows of each layer this rank remembers: from, to, of how many."""
+        labels = self._labels()
+        return {labels[i]: batch.rows(j) for batch in self._batches for j, i in enumerate(batch.members)}
 
     def _restore(self, layers: Mapping[str, Mapping[str, Tensor]], steps: int) -> None:
         """Take over what fits."""
@@ -290,8 +315,7 @@ class NormDecay:
         return _matches(name, self._include) and not _matches(name, self._exclude)
 
     def _labels(self) -> list[str]:
-        names = [use.name for use in self.uses]
-        return [use.name if names.count(use.name) == 1 else f"{use.name} {list(use.in_shape)}" for use in self.uses]
+        return labels_of(self.uses, lambda use: f" {list(use.in_shape)}", lambda use: f" -> {list(use.out_shape)}")
 
     def _betas(self) -> list[float]:
         return [_beta_of(use.name, self._beta) for use in self.uses]
@@ -362,7 +386,10 @@ class NormDecay:
 def _find(model: nn.Module, example: Tensor | Sequence[Any] | Mapping[str, Sequence[int]]) -> list[Use]:
     """The layers and their input sizes: given, or observed on one input or several."""
     if not isinstance(example, Mapping):
-        refuse_sharded(model)
+        refuse_sharded(
+            model,
+            "construct NormDecay before fully_shard, or let example be the input sizes of the layers, or None",
+        )
         return observe(model, *inputs_of(example))
     modules, uses = named_layers(model), []
     for name, in_shape in example.items():

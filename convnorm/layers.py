@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -15,6 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from .geometry import Geometry, GeometryError, geometry
 from .plan import LayerPlan, layer_plan
@@ -162,7 +167,7 @@ def as_layer(layer: nn.Module | Tensor | Layer, in_shape: Sequence[int] = (), **
     elif isinstance(layer, LAYERS):
         if options:
             raise GeometryError(f"convnorm: {', '.join(options)}: a module brings its own, they are for raw weights")
-        weight, options = layer.weight, _options_of(layer)
+        weight, options = current_weight(layer), _options_of(layer)
     else:
         kinds = ", ".join(kind.__name__ for kind in LAYERS)
         raise TypeError(f"convnorm: layer of type {type(layer).__name__} must be a tensor or one of {kinds}")
@@ -183,6 +188,45 @@ def as_layer(layer: nn.Module | Tensor | Layer, in_shape: Sequence[int] = (), **
         transposed=given.get("transposed", False),
         **sizes,
     )
+
+
+def current_weight(module: nn.Module) -> Tensor:
+    """The weight that a module has in evaluation. Where a hook computes it before each run (``weight_norm``,
+    ``spectral_norm`` and ``prune`` of ``torch.nn.utils``), the module holds that of the last run only.
+    """
+    if "weight" not in module._parameters:
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight":
+                return hook.apply_mask(module)
+            if isinstance(hook, WeightNorm) and hook.name == "weight":
+                return hook.compute_weight(module)
+            if isinstance(hook, SpectralNorm) and hook.name == "weight":
+                return hook.compute_weight(module, do_power_iteration=False)
+    return module.weight
+
+
+class Stored(nn.Module):
+    """In a parametrization's place: what it made."""
+
+    def __init__(self, made: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("made", made)
+
+    def forward(self) -> Tensor:
+        return self.made
+
+
+@torch.no_grad()
+def as_stored(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode, to be cast: parametrized weights stay those of the model's own precision, not others
+    that the same parametrization makes in another one.
+    """
+    made = {id(x): x.detach().clone() for m in model.modules() for x in vars(m).values() if isinstance(x, Tensor)}
+    copied = copy.deepcopy(model, made).eval()
+    for module in list(copied.modules()):
+        for name, parametrization in list(module.parametrizations.items()) if is_parametrized(module) else ():
+            module.parametrizations[name] = Stored(parametrization().detach().clone())
+    return copied
 
 
 def _tuple(name: str, value: int | Sequence[int], n_axes: int) -> tuple[int, ...]:
@@ -288,6 +332,16 @@ class Use:
         least = replace(layer, output_padding=(0,) * len(self.in_shape)).geometry.out_shape
         extra = tuple(size - low for size, low in zip(self.out_shape, least, strict=True))
         return replace(layer, output_padding=extra)
+
+
+def labels_of(uses: Sequence[Use], *details: Callable[[Use], str]) -> list[str]:
+    """A label for each, all different: its name, with as many of the details as that takes."""
+    labels = [use.name for use in uses]
+    for detail in details:  # the last: one layer, transposed, may make several output sizes of one input size
+        labels = [
+            label + detail(use) if labels.count(label) > 1 else label for label, use in zip(labels, uses, strict=True)
+        ]
+    return labels
 
 
 def shape_of(given: Sequence[int]) -> tuple[int, ...]:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .layers import Held, inputs_of, observe, unwrapped
+from .layers import Held, current_weight, inputs_of, labels_of, observe, unwrapped
 from .reporting.find import evaluating
 from .reporting.measure import columns
 from .reporting.optional import optional
 from .sharded import refuse_sharded
 
+WHOLE = "a recorder takes whole weights; norm decay, also with beta=0, has the norms of sharded ones"
 Values = list[list[float]]  # l1, linf of each layer
 
 
@@ -60,15 +61,17 @@ class Recorder:
         for name, value in (("every", every), ("flush_every", flush_every)):
             if value < 1:
                 raise ValueError(f"convnorm: {name} {value} must be at least 1")
-        refuse_sharded(model)
+        refuse_sharded(model, WHOLE)
         model = unwrapped(model)
         self._uses = observe(model, *inputs_of(example))
-        self._held = Held(model, self._uses)
+        self._model, self._held = model, Held(model, self._uses)
         if not self._uses:
             raise ValueError(f"convnorm: model {type(model).__name__} uses no convolutional or fully connected layer")
-        names = [use.name for use in self._uses]
-        sizes = ["x".join(map(str, use.in_shape)) for use in self._uses]
-        labels = [f"{name}@{size}" if names.count(name) > 1 else name for name, size in zip(names, sizes, strict=True)]
+        labels = labels_of(
+            self._uses,
+            lambda use: f"@{'x'.join(map(str, use.in_shape))}",
+            lambda use: f"-{'x'.join(map(str, use.out_shape))}",
+        )
         # the weights of some are computed, and that may change their state: not in evaluation
         self._computing = [use.module.parametrizations for use in self._uses if is_parametrized(use.module)]
         with torch.no_grad(), evaluating(model):
@@ -84,6 +87,7 @@ class Recorder:
         number, self._next = self._next, self._next + 1
         if number % self._every:
             return
+        refuse_sharded(self._model, WHOLE)
         self._held.warn_of_gone("Recorder")
         values = self._measure()  # may flush what is pending
         self._pending.append((number, values))
@@ -94,7 +98,7 @@ class Recorder:
     def _measure(self) -> list[Tensor]:
         """[2, layers] on each device, by the order of ``_members``."""
         with evaluating(*self._computing):
-            weights = [use.module.weight for use in self._uses]
+            weights = [current_weight(use.module) for use in self._uses]
         batches: dict[tuple, list[int]] = {}
         for i, weight in enumerate(weights):
             batches.setdefault((weight.device, weight.dtype), []).append(i)

@@ -57,7 +57,7 @@ def report(
         if example is None:
             raise GeometryError("convnorm: example is missing: an input of the model, or its shape")
         model = unwrapped(model)
-        refuse_sharded(model)
+        refuse_sharded(model, "a report takes whole weights, of the model as it was before fully_shard")
         inputs = inputs_of(example)
         found, others = find(model, *inputs)
         parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -51,14 +51,14 @@ def is_dtensor(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def refuse_sharded(model: nn.Module) -> None:
+def refuse_sharded(model: nn.Module, instead: str) -> None:
     """A sharded model runs on all ranks at once, not on the fake tensors of an example."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return
+    reshard(model)  # parameters that are whole for the time being are not those that are trained
     for name, module in model.named_modules():
         if any(is_dtensor(parameter) for parameter in module.parameters(recurse=False)):
-            raise RuntimeError(
-                f"convnorm: layer {name!r} is sharded: construct NormDecay before fully_shard, or let example be the "
-                "input sizes of the layers, or None"
-            )
+            raise RuntimeError(f"convnorm: layer {name!r} is sharded: {instead}")
 
 
 def reshard(model: nn.Module) -> None:
@@ -136,6 +136,9 @@ class Sharded(Batch):
         if self._own([weight])[0].shape[0] != end - begin:
             raise RuntimeError(f"convnorm: the weight of layer {use.name!r} is not cut as torch.chunk would cut it")
         return Part(layer, count // layer.groups, weight.shape[1], begin, end, self.linf == layer.transposed)
+
+    def rows(self, i: int) -> list[int]:
+        return [self._parts[i].begin, self._parts[i].end, self.weights[i].shape[0]]
 
     @torch.no_grad()
     def _own(self, tensors: Sequence[Tensor]) -> list[Tensor]:

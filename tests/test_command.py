@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 import convnorm
 from convnorm import __main__ as command
@@ -183,3 +184,16 @@ def test_a_wrong_command_shows_how_to_use_it(capsys, arguments):
 def test_check_refuses_a_model_without_layers(capsys):
     assert command.main(["check", "torch.nn:ReLU", "--input", "3", "8", "8"]) == 2
     assert "uses no convolutional or fully connected layer" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("hook", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_check_takes_weights_that_hooks_compute(hook, capsys):
+    assert command.check_model(nn.Sequential(hook(nn.Conv2d(3, 4, 3)), hook(nn.Conv2d(4, 2, 3))), [3, 8, 8]) == 0
+
+
+@pytest.mark.parametrize("ord", [1, 2, math.inf])
+def test_check_passes_for_constrained_layers_in_half_precision(ord):
+    torch.manual_seed(0)
+    model = nn.Sequential(convnorm.constrain(nn.Conv2d(3, 4, 3), [6, 6], ord=ord, bound=0.5)).bfloat16()
+    assert command.check_model(model, [3, 6, 6]) == 0

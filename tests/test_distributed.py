@@ -321,6 +321,44 @@ def test_fsdp_resumes_bit_for_bit_each_rank_from_its_own_state():
     resumed(lambda: sharded(network(), mesh), share_of(mesh))
 
 
+@on_every_rank
+def test_the_state_of_other_rows_is_refused():
+    """It may have the same shapes: in norms over rows always, in those over columns where ranks have equal parts."""
+    mesh, rank = meshes()["four"], dist.get_rank()
+    for ord in (1, math.inf):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 8))
+        decay = convnorm.NormDecay(model, SHAPE, ord=ord, beta=0.3)
+        decay.step()
+        before = decay.state_dict()
+        again = convnorm.NormDecay(fully_shard(model, mesh=mesh), {"0": (8, 8), "2": ()}, ord=ord, beta=0.3)
+        again.step()
+        states = [None] * WORLD
+        dist.all_gather_object(states, again.state_dict())
+        again.load_state_dict(states[rank])
+        for other in [*(state for i, state in enumerate(states) if i != rank), before]:
+            with pytest.raises(ValueError, match="the state"):
+                again.load_state_dict(other)
+        again.load_state_dict({name: value for name, value in states[rank].items() if name != "rows"})  # an older one
+
+
+@on_every_rank
+def test_what_takes_whole_weights_refuses_sharded_ones():
+    """Also where a forward pass has left them whole: what is written then is lost."""
+    conv = nn.Conv2d(3, 8, 3)
+    projections = [convnorm.Projection(conv, SHAPE, ord=ord, bound=0.1) for ord in (1, 2, math.inf)]
+    with tempfile.TemporaryDirectory() as folder:
+        recorder = convnorm.Recorder(conv, SHAPE, Path(folder, "norms.csv"))
+        fully_shard(conv, mesh=meshes()["four"])
+        calls = [recorder.step, *(one.step for one in projections), lambda: convnorm.report(conv, SHAPE)]
+        calls += [lambda: convnorm.Projection(conv, SHAPE, bound=1.0)]
+        for call in calls:
+            with torch.no_grad():
+                conv(torch.randn(SHAPE))
+            with pytest.raises(RuntimeError, match=r"is sharded: a \w+ takes whole weights"):
+                call()
+        recorder.close()
+
+
 # --- fully_shard: layer by layer -------------------------------------------------------------------------------------
 
 

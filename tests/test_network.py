@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from as_matrix import ORDS, Of, batch_normed, largest_jacobian, matrix_of, norm_of, normal
 from torch import nn
+from torch.nn.utils import parametrize
 
+from convnorm.constrain import constrain
 from convnorm.geometry import GeometryError
 from convnorm.network import bound, certified_radius, jacobian_norm, lipschitz, trace
 
@@ -333,3 +335,25 @@ def test_logits_without_a_margin_are_refused():
     for logits in (torch.ones(3, 1), torch.tensor(1.0), torch.tensor([1.0, math.nan])):
         with pytest.raises(GeometryError, match="convnorm: logits"):
             certified_radius(logits, found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ord", [1, 2, math.inf])
+def test_the_jacobian_of_a_constrained_layer_is_that_of_its_stored_weight(ord, dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(constrain(nn.Linear(6, 5, bias=False), ord=ord, bound=0.5)).to(dtype)
+    weight = model[0].weight.detach().double()
+    found = jacobian_norm(model, torch.randn(2, 6), ord=ord, steps=300)
+    torch.testing.assert_close(found, torch.linalg.matrix_norm(weight, ord=ord).expand(2), rtol=1e-8, atol=0)
+    assert (found <= lipschitz(model, [1, 6], ord=ord).upper).all()
+    assert parametrize.is_parametrized(model[0], "weight")
+
+
+def test_jacobians_of_one_number_for_each_sample():
+    class Critic(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).squeeze(1)
+
+    model = Critic(3, 1)
+    found = jacobian_norm(model, torch.randn(4, 3), ord=2)
+    torch.testing.assert_close(found, model.weight.detach().double().norm().expand(4), rtol=1e-6, atol=0)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import convnorm
 from convnorm.recorder import Recorder
@@ -204,3 +204,56 @@ def test_a_layer_that_is_cast_on_the_way_is_recorded(tmp_path):
         recorder.step()
     recorded = read(path)
     assert recorded[1] == pytest.approx(recorded[0])
+
+
+HOOKS = {
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "prune": lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_weight_that_a_hook_computes_is_that_of_now(tmp_path, hook):
+    """The module holds that of the last forward pass."""
+    layer = HOOKS[hook](nn.Linear(6, 4))
+    model, path = nn.Sequential(layer), tmp_path / "norms.csv"
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with Recorder(model, [1, 6], path) as recorder:
+        model(torch.randn(3, 6)).square().mean().backward()
+        optimizer.step()
+        recorder.step()
+    _, values = csv.reader(path.open())
+    model.eval()
+    with torch.no_grad():
+        matrix = (model(torch.eye(6)) - model(torch.zeros(6))).T
+    assert float(values[1]) == pytest.approx(matrix.abs().sum(0).max().item(), rel=1e-5)
+    assert float(values[2]) == pytest.approx(matrix.abs().sum(1).max().item(), rel=1e-5)
+
+
+def test_one_layer_that_makes_several_output_sizes_of_one_input_size(tmp_path):
+    class Upsampling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.ConvTranspose2d(3, 3, 3, stride=2, padding=1)
+
+        def forward(self, x):
+            return self.up(x, output_size=[5, 5]).sum() + self.up(x, output_size=[6, 6]).sum()
+
+    model = Upsampling()
+    with Recorder(model, [1, 3, 3, 3], tmp_path / "norms.csv") as recorder:
+        recorder.step()
+    heads, _ = csv.reader((tmp_path / "norms.csv").open())
+    assert heads[1::2] == ["l1/up@3x3-5x5", "l1/up@3x3-6x6"]
+    first, second = (convnorm.NormDecay(model, [1, 3, 3, 3], beta=1.0) for _ in range(2))
+    for _ in range(3):
+        first.step()
+    assert list(first.norms) == ["up [3, 3] -> [5, 5]", "up [3, 3] -> [6, 6]"]
+    second.load_state_dict(first.state_dict())
+    grads = []
+    for decay in (first, second):
+        model.up.weight.grad = torch.zeros_like(model.up.weight)
+        decay.step()
+        grads.append(model.up.weight.grad)
+    assert torch.equal(*grads)

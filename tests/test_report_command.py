@@ -48,6 +48,33 @@ def unsaved_buffer():
 
 def number():
     return 3
+
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.module = network()
+
+    def forward(self, x):
+        return self.module(x)
+
+class Plain(nn.Module):
+    # tensors that are neither parameters nor buffers, and a weight that a hook computes
+
+    def __init__(self):
+        super().__init__()
+        self.mean, self.layer = [torch.tensor(0.5)], nn.utils.weight_norm(nn.Conv2d(3, 3, 3))
+
+    def forward(self, x):
+        return self.layer(x - self.mean[0])
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.other.weight = self.one.weight
+
+    def forward(self, x):
+        return self.other(self.one(x))
 """
 INPUT = ["--input", "3", "8", "8"]
 
@@ -102,6 +129,41 @@ def test_the_command_takes_checkpoints_and_programs(networks, name, capsys):
     assert command.main(["report", name, *given, "--no-l2", "--json", "found.json"]) == 0
     expected = report(networks, SHAPE, l2=False)
     assert Report.from_json("found.json").rows == expected.rows
+
+
+@pytest.mark.parametrize("path", ["epoch=3.ckpt", "lr=0.1/weights.pt"])
+def test_a_path_may_have_equals_signs(networks, path, capsys):
+    pytest.importorskip("rich")
+    Path(path).parent.mkdir(exist_ok=True)
+    torch.save(networks.state_dict(), path)
+    assert command.main(["report", f"{path}=networks:network", *INPUT, "--no-l2", "--json", "found.json"]) == 0
+    found = Report.from_json("found.json")
+    assert (found.title, found.rows) == (path, report(networks, SHAPE, l2=False).rows)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
+def test_prefixes_of_wrappers_are_left_out(networks, prefix):
+    torch.save({prefix + name: value for name, value in networks.state_dict().items()}, "prefixed.pt")
+    model = loading.load_model("prefixed.pt=networks:network")
+    assert torch.equal(model[0].weight, networks[0].weight)
+    torch.save({f"{prefix}module.{name}": value for name, value in networks.state_dict().items()}, "prefixed.pt")
+    model = loading.load_model("prefixed.pt=networks:Wrapped")
+    assert torch.equal(model.module[0].weight, networks[0].weight)
+
+
+def test_a_model_may_have_a_prefix_itself(networks):
+    torch.save({f"module.{name}": value for name, value in networks.state_dict().items()}, "own.pt")
+    model = loading.load_model("own.pt=networks:Wrapped")
+    assert torch.equal(model.module[0].weight, networks[0].weight)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize(("name", "shape"), [("Plain", SHAPE), ("Tied", [1, 8])])
+def test_a_checkpoint_makes_the_model_that_was_saved(networks, name, shape):
+    made = loading.load_model(f"networks:{name}")
+    torch.save(made.state_dict(), "made.pt")
+    loaded = report(loading.load_model(f"made.pt=networks:{name}"), shape, l2=False, bounds=True)
+    assert loaded == report(made, shape, l2=False, bounds=True)
 
 
 def test_a_checkpoint_stays_in_its_file(networks):

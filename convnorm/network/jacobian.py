@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from torch.func import jvp, vjp
 from torch.overrides import TorchFunctionMode
 
 from ..geometry import GeometryError
+from ..layers import as_stored
 from .nonlinear import default_eps
 
 MOST_EXACT = 2048  # rows or columns that are computed one by one
@@ -68,15 +68,15 @@ class Jacobian:
     """That of each sample of a batch, [batch, ...] to [batch, outputs]; vectors are on the CPU."""
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
-        exact = copy.deepcopy(model).eval().requires_grad_(False)
-        own = next((p.dtype for p in exact.parameters() if p.is_floating_point()), x.dtype)
+        exact = as_stored(model).requires_grad_(False)
+        own = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)
         exact, same_eps = exact.double(), EpsOfRMSNorm(default_eps(own))
 
         def network(x: Tensor) -> Tensor:
             with same_eps:
                 y = exact(x)
             parts = torch.utils._pytree.tree_leaves(y)
-            return torch.cat([part.flatten(1) for part in parts], 1)
+            return torch.cat([part.reshape(len(part), -1) for part in parts], 1)
 
         self.network, self.x = network, x.detach().double()
         y, self._pull = vjp(network, self.x)
