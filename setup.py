@@ -14,7 +14,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
-CUDA_TARGETS = (80, 86, 89, 90, 100)  # machine code for each, and PTX of the last for what comes after
+CUDA_TARGETS = (75, 80, 86, 89, 90, 100)  # machine code for each, and PTX of the last for what comes after
 
 
 class BuildNative(build_ext):

@@ -10,6 +10,7 @@ from types import TracebackType
 import torch
 
 BACKENDS = ("native", "triton", "reference")  # the fastest first
+OLDEST_GPU = {"native": (7, 5), "triton": (7, 0)}  # compute capabilities: setup.py's first target, Triton's own
 
 _chosen: str | None = None
 _serving: dict[str, str] = {}  # by device type, found at the first call after a choice
@@ -42,6 +43,11 @@ def why_not(backend: str, device_type: str) -> str | None:
             return "triton is not installed"
         if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             return "triton runs on a GPU only (or with TRITON_INTERPRET=1)"
+    if device_type == "cuda" and backend in OLDEST_GPU and torch.version.hip is None and torch.cuda.is_available():
+        found = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+        if found < OLDEST_GPU[backend]:
+            needed, had = (".".join(map(str, one)) for one in (OLDEST_GPU[backend], found))
+            return f"{backend} needs GPUs of compute capability {needed}, here is one of {had}"
     return None
 
 

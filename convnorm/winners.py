@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .kept import kept
 from .plan import AxisPlan, LayerPlan, Lists, read_plan
 
 
@@ -90,7 +91,7 @@ def _window_table(plan: tuple[int, ...], column: bool, device: torch.device) -> 
     for axis in layer.axes:
         side = _counts(axis.inputs if column else axis.outputs, axis.merged_taps)
         table = torch.einsum("w...,va->wv...a", table, side).flatten(0, 1)
-    return table.to(device)
+    return kept(device, lambda: table.to(device))
 
 
 def _counts(windows: Lists, merged_taps: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from convnorm import backends, use_backend
 from convnorm.backends import BACKENDS, why_not
 
 ops = torch.ops.convnorm
+backends_module = sys.modules["convnorm.backends"]  # convnorm.backends is the function
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 AVAILABLE = [(backend, device) for device in DEVICES for backend in BACKENDS if not why_not(backend, device)]
 
@@ -171,3 +173,29 @@ def test_without_the_extension_everything_else_serves(tmp_path, broken):
     assert answer["refused"] == f"convnorm: backend 'native' cannot serve cpu: {reason}"
     for case, weight, norms in zip(TABLE.values(), weights, torch.load(tmp_path / "norms"), strict=True):
         torch.testing.assert_close(norms, torch.stack(ops.norms(weight, *case.args, **case.options)), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "server"),
+    [([(9, 0)], "native"), ([(7, 5)], "native"), ([(9, 0), (7, 0)], "triton"), ([(6, 1)], "reference")],
+    ids=str,
+)
+def test_a_gpu_that_kernels_are_not_compiled_for_is_served_by_others(monkeypatch, capabilities, server):
+    monkeypatch.setattr(backends_module, "_native_failure", None)
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: True)
+    monkeypatch.setattr(backends_module.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
+    row = backends()["cuda"]
+    assert [backend for backend, what in row.items() if what == "serves"] == [server]
+    for backend in BACKENDS[: BACKENDS.index(server)]:
+        assert "compute capability" in row[backend]
+
+
+def test_the_oldest_gpu_is_the_first_that_the_extension_is_compiled_for():
+    setup = Path(__file__).parents[1] / "setup.py"
+    if not setup.exists():
+        pytest.skip("away from the source tree")
+    first = re.search(r"CUDA_TARGETS = \((\d+)", setup.read_text())[1]
+    assert divmod(int(first), 10) == backends_module.OLDEST_GPU["native"]

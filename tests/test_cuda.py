@@ -450,6 +450,17 @@ def test_decay_nan_counts_nothing(decay):
         assert_decays(decay, [weight], grads, state, rates, 0.5, case.plan, linf, measured=True)
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=str)
+def test_decay_follows_weights_that_were_cast_in_part(decay, dtypes):
+    """The state keeps the dtype that it began with, as on a CPU."""
+    case, (before, after) = cases.Case((4, 3, 3), (1,), (1,), (9,)), dtypes
+    weights = [torch.randint(-9, 9, case.weight_shape).to(dtype) for dtype in (torch.float32, before)]
+    state = no_momentum(weights, 2 * case.plan, False, 0.5)
+    weights[1] = weights[1].to(after)
+    grads, rates = [torch.zeros_like(weight) for weight in weights], torch.ones(2, dtype=torch.float64)
+    assert_decays(decay, weights, grads, state, rates, 0.5, 2 * case.plan, False, exact=True)
+
+
 def launches():
     """Since they were last asked for."""
     return torch.ops.convnorm_emulated.work()[0]

@@ -18,7 +18,7 @@ from cases import LAYOUTS, VALUES, lay_out, random_case, random_weight
 
 import convnorm
 from convnorm.geometry import PADDING_MODES, GeometryError, geometry
-from convnorm.kernels import triton_decay_schedule, triton_measure, triton_schedule
+from convnorm.kernels import triton_decay, triton_decay_schedule, triton_measure, triton_schedule
 from convnorm.momentum import Momentum, no_momentum
 from convnorm.plan import layer_plan, read_plan
 
@@ -428,6 +428,19 @@ def test_triton_decays_a_network_in_three_launches(launches):
     decay("triton", weights, grads, state, *how, measured=True)
     assert len(launches) == 4
     assert state.clock == 2
+
+
+@pytest.mark.parametrize("elsewhere", ["weights", "grads", "state", "rates"])
+def test_triton_decay_refuses_tensors_on_several_devices(elsewhere):
+    """A model that was moved in part: what the kernels take are addresses."""
+    weights, plan = network(SMALL[1:2] * 2)
+    state, rates = no_momentum(weights, plan, False, 0.0), torch.ones(2, dtype=torch.float64, device=DEVICE)
+    given = {"weights": weights, "grads": [exact(*w.shape) for w in weights], "state": list(state.tensors()),
+             "rates": [rates]}  # fmt: skip
+    given[elsewhere][-1] = given[elsewhere][-1].to("meta")
+    weights, grads, state, (rates,) = given.values()
+    with pytest.raises(GeometryError, match="and meta must be on one device"):
+        triton_decay.decay_triton(weights, grads, *state, rates, 0.0, plan, False, False)
 
 
 def test_triton_decays_in_more_launches_where_one_will_not_do(launches, monkeypatch):

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..geometry import GeometryError
 from .triton_decay_schedule import AGES, BLOCK, CHUNK, NO_GRADIENT, Pair, decay_schedules
 from .triton_measure import addresses_of, keep_while_captured, measure_triton
 
@@ -38,6 +39,7 @@ def decay_triton(
     measured: bool,
 ) -> None:
     """See ``library.DECAY`` for the contract of every backend."""
+    _check_devices([norms, winners, signs, channels, clock, rates, *weights, *(g for g in grads if g.numel())])
     values, found = norms, winners
     if not measured:
         *both, found = measure_triton(weights, plan, [len(weights)])
@@ -64,6 +66,16 @@ def decay_triton(
                 COPIES=not measured, ADVANCES=schedule is schedules[-1], BLOCK=BLOCK, AGES=AGES,
                 CHUNK=CHUNK, BITS=(terms - 1).bit_length(), num_warps=4,
             )  # fmt: skip
+
+
+def _check_devices(tensors: Sequence[Tensor]) -> None:
+    """The kernels are given addresses, of which those on another device are none of theirs."""
+    device = tensors[0].device
+    for tensor in tensors:
+        if tensor.device != device:
+            raise GeometryError(
+                f"convnorm: weights, and what belongs to them, on {device} and {tensor.device} must be on one device"
+            )
 
 
 def hidden_address(grad: Tensor) -> int:

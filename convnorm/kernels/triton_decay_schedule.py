@@ -5,13 +5,14 @@ and in the ring of terms. All of it depends on shapes, strides and windows alone
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..kept import kept
 from ..plan import AxisPlan, LayerPlan, Lists, read_plan
 from .triton_schedule import Pool, entry_counts, entry_offsets, longest, padded, window_entries
 
@@ -85,7 +86,8 @@ def decay_schedules(
             alike.append(Slices())
         begin += alike[-1].add(i, begin, layer, pair, column=linf == layer.transposed)
     in_turn = sorted(launches.items(), key=lambda launch: launch[0][0])
-    return tuple(slices.schedule(dtypes, device) for (_, dtypes), alike in in_turn for slices in alike)
+    made = [partial(slices.schedule, dtypes, device) for (_, dtypes), alike in in_turn for slices in alike]
+    return kept(device, lambda: tuple(make() for make in made))
 
 
 class Slices:

@@ -23,6 +23,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..kept import kept
 from ..reference import result_dtype
 from .triton_schedule import CHANNELS, ROWS, SEGMENT, TERMS, WIDE, Layout, schedules
 
@@ -69,7 +70,7 @@ def addresses_of(weights: Sequence[Tensor]) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _addresses(device: torch.device, addresses: tuple[int, ...]) -> Tensor:
-    return torch.tensor(addresses, dtype=torch.int64, device=device)
+    return kept(device, lambda: torch.tensor(addresses, dtype=torch.int64, device=device))
 
 
 _captured: list[tuple] = []

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kept import kept
 from ..plan import AxisPlan, LayerPlan, Lists, read_plan
 
 ROWS = 64  # of a tile
@@ -104,7 +105,7 @@ def schedules(device: torch.device, plan: tuple[int, ...], layouts: tuple[Layout
         for i, (layer, layout) in enumerate(zip(layers, layouts, strict=True)):
             if layout.dtype == dtype:
                 records.add(i, layer, layout)
-        schedules.append(records.schedule(dtype, device))
+        schedules.append(kept(device, partial(records.schedule, dtype, device)))
     return tuple(schedules)
 
 

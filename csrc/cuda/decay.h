@@ -225,6 +225,7 @@ void launch_terms(const TermBatch& batch, const Step& step, const Result* result
   decay.length = step.signs.size(1);
   decay.all_layers = static_cast<int32_t>(step.norms.numel());
   decay.norms_double = step.norms.scalar_type() == ScalarType::Double;
+  decay.new_norms_double = result && result->l1.scalar_type() == ScalarType::Double;
   decay.signs_wide = step.signs.scalar_type() == ScalarType::Int;
   decay.advances = last;
   decay.share_terms = static_cast<int32_t>(cut.share_terms);
@@ -261,8 +262,6 @@ void decay(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads,
   std::optional<Result> result;
   if (!step.measured) {
     result = new_result(weights, *plan, {layers});
-    STD_TORCH_CHECK(result->l1.scalar_type() == step.norms.scalar_type(),
-                    "convnorm: the state of norm decay is of weights of another dtype");
     if (!measure(weights, *plan, *result)) return decay_reference(weights, grads, step, numbers);
   }
   for (const TermBatch& batch : *batches) {

@@ -68,7 +68,7 @@ struct Decay {
   int32_t piece;                            // elements of a slice
   int32_t shares, share_terms;              // of the terms
   int32_t layers, first_layer, all_layers;  // those here are first_layer, first_layer + 1, ...
-  bool norms_double;                        // or float
+  bool norms_double, new_norms_double;      // or float
   bool signs_wide;                          // int32, or int8
   bool advances;                            // the clock
   alignas(8) unsigned char bytes[kBytes];   // Slices[layers], then the numbers
@@ -280,10 +280,12 @@ __device__ void write_state(const Decay<kSize>& decay, int32_t layer, int32_t sl
   if (!decay.new_norms) return;
   decay.winners[2 * layer] = winner[0];
   decay.winners[2 * layer + 1] = winner[1];
+  const double norm = decay.new_norms_double ? static_cast<const double*>(decay.new_norms)[layer]
+                                             : static_cast<const float*>(decay.new_norms)[layer];
   if (decay.norms_double)
-    static_cast<double*>(decay.norms)[layer] = static_cast<const double*>(decay.new_norms)[layer];
+    static_cast<double*>(decay.norms)[layer] = norm;
   else
-    static_cast<float*>(decay.norms)[layer] = static_cast<const float*>(decay.new_norms)[layer];
+    static_cast<float*>(decay.norms)[layer] = static_cast<float>(norm);
 }
 
 template <int kSize>
