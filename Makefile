@@ -30,7 +30,7 @@ lint: $(VENV)/ready  ## formatting and lint, with pinned tools
 	git ls-files 'csrc/*' 'tests/emulation/*' | xargs $(BIN)/clang-format --dry-run --Werror
 
 wheel: $(VENV)/ready  ## dist/: one wheel with the extension, and one of pure Python
-	rm -rf dist build/wheel
+	rm -rf dist build/lib* build/bdist*
 	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
 	CONVNORM_NO_EXT=1 $(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
 

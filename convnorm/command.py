@@ -23,7 +23,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     one = commands.add_parser(
         "report",
         help="the norms of all layers",
-        description=report.__doc__.splitlines()[0],
+        description=(report.__doc__ or "").partition("\n")[0],  # python -OO has none
         epilog=loading.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -58,18 +58,18 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def run_report(options: argparse.Namespace) -> int:
     _check(options)
     found = measured(options.model, options)
+    _write(found, options)  # first: the table may end in a pipe that closes, or in letters that it cannot print
     show(found.table(width()))
-    _write(found, options)
     return 0
 
 
 def run_compare(options: argparse.Namespace) -> int:
     _check(options)
     together = compare([measured(model, options) for model in options.models])
+    _write(together, options)
     show(together.table(width()))
     if options.layers:
         show(together.layer_table({"l1": 1, "l2": 2, "linf": float("inf")}[options.layers], width()))
-    _write(together, options)
     return 0
 
 

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    whole = argparse.ArgumentParser(prog="python -m train", description=__doc__.partition(": ")[2])
+    whole = argparse.ArgumentParser(prog="python -m train", description=(__doc__ or "").partition(": ")[2])
     commands = whole.add_subparsers(required=True, metavar="COMMAND")
 
     one = commands.add_parser("run", help="train one network, attack it, and write its row")

@@ -1,0 +1,81 @@
+"""The promise: what is installed is what was asked for, from a checkout or an sdist, and its command line works."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from shutil import copytree, ignore_patterns
+
+import pytest
+
+import convnorm
+
+ROOT = Path(__file__).parent.parent
+IN_A_CHECKOUT = (ROOT / "setup.py").exists() and find_spec("setuptools") is not None
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the source tree, where an extension has been built in place."""
+    if not IN_A_CHECKOUT:
+        pytest.skip("needs the source tree and setuptools")
+    unwanted = ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "__pycache__", "results", "runs")
+    tree = copytree(ROOT, tmp_path / "tree", ignore=unwanted)
+    (tree / "convnorm" / "_native.abi3.so").write_bytes(b"of yesterday")
+    return tree
+
+
+def setup(tree, *arguments, **environment):
+    line = [sys.executable, "setup.py", "-q", *arguments]
+    run = subprocess.run(line, cwd=tree, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_without_the_extension_none_is_packed_either(checkout):
+    setup(checkout, "build", "--build-lib", "built", CONVNORM_NO_EXT="1")
+    assert not list(checkout.glob("built/**/*.so"))
+    assert (checkout / "built" / "convnorm" / "py.typed").exists()
+
+
+@pytest.mark.parametrize("no_ext", ["0", "1"])
+def test_an_sdist_has_all_sources(checkout, no_ext):
+    setup(checkout, "egg_info", CONVNORM_NO_EXT=no_ext)
+    packed = set((checkout / "convnorm.egg-info" / "SOURCES.txt").read_text().splitlines())
+    assert {str(path.relative_to(checkout)) for path in checkout.glob("csrc/**/*.*")} <= packed
+
+
+def test_a_source_tree_that_hides_the_installed_package_says_so(checkout):
+    (checkout / "convnorm" / "_native.abi3.so").unlink()
+    line = [sys.executable, "-c", "import convnorm; print(convnorm.backends()['cpu']['native'])"]
+    run = subprocess.run(line, cwd=checkout, capture_output=True, text=True, check=True)
+    assert "source tree" in run.stdout
+    assert "pip install --no-build-isolation -e ." in run.stdout
+
+
+def shell(*arguments, options=(), **environment):
+    environment = os.environ | {"PYTHONPATH": str(Path(convnorm.__file__).parents[1])} | environment
+    line = [sys.executable, *options, "-m", "convnorm", *arguments]
+    return subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_command_line_works_without_docstrings():
+    assert shell("--help", options=["-OO"]).returncode == 0
+
+
+@pytest.mark.parametrize("command", [["report"], ["compare", "named:network"]], ids=["report", "compare"])
+def test_files_are_written_where_the_table_cannot_be_printed(tmp_path, command):
+    pytest.importorskip("rich")
+    (tmp_path / "named.py").write_text(
+        "from torch import nn\n\n\nclass Named(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.add_module('größe', nn.Conv2d(3, 4, 3))\n\n    def forward(self, x):\n"
+        "        return self.get_submodule('größe')(x)\n\n\nnetwork = Named\n",
+        encoding="utf-8",
+    )
+    paths = os.pathsep.join([str(tmp_path), str(Path(convnorm.__file__).parents[1])])
+    found = tmp_path / "found.csv"
+    arguments = [*command, "named:network", "--input", "3", "8", "8", "--no-l2", "--csv", str(found)]
+    if command[0] == "compare":
+        arguments += ["--layers", "l1"]
+    run = shell(*arguments, PYTHONPATH=paths, PYTHONIOENCODING="ascii")
+    assert "größe" in found.read_text(encoding="utf-8"), run.stderr
