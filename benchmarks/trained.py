@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from train.data import Images, load, normalised
 from train.models import resnet20
+from train.rows import replacing
 
 BATCH = 128
 LEARNING_RATE, MOMENTUM = 0.1, 0.9
@@ -30,7 +31,8 @@ def trained(data: str | Path, steps: int, device: str, checkpoint: Path | None) 
         network = train(images.training, steps, device)
         kept = {"steps": steps, "accuracy": accuracy(network, images.test, device), "weights": network.state_dict()}
         if checkpoint:
-            torch.save(kept, checkpoint)
+            with replacing(checkpoint) as new:
+                torch.save(kept, new)
     network = resnet20().to(device)  # whose weights lie in memory as they do by default
     network.load_state_dict(kept["weights"])
     return network.eval(), kept["accuracy"]

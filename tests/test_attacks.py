@@ -369,3 +369,14 @@ def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyautoattack.autopgd_base", None)
     with pytest.raises(ImportError, match=r'pip install "convnorm\[train\]"'):
         attacks.autoattack(network(), images(2), torch.tensor([0, 1]), eps=0.1, **SIZE)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_share_of_one_image_or_none_is_attacked(pyautoattack, tmp_path, count):
+    """As ``torchrun`` deals them: every second image, of fewer than two for each process."""
+    model, x, y = network(), images(2), torch.tensor([3, 4])
+    mine = slice(1, 2 * count, 2)
+    how = {"eps": 0.1, "attacks": ("apgd-ce",), "iterations": 2, "batch": 5, "seed": 0}
+    found = attacks.autoattack(model, x[mine], y[mine], state=tmp_path / "state", **how)
+    assert found.tolist() == attacks.autoattack(model, x[mine], y[mine], **how).tolist()
+    assert (found.dtype, len(found)) == (torch.bool, count)

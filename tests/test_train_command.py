@@ -240,6 +240,8 @@ WRONG = {
     "no attack": ([*RUN, "plain", "--attacks", "pgd"], "attacks 'pgd' must be of apgd-ce, apgd-t, fab-t, square"),
     "no learning rate": ([*RUN, "plain", "--learning-rate", "nan"], "learning_rate nan must be a number more than 0"),
     "no threads": ([*RUN, "plain", "--threads", "0"], "argument --threads: '0' must be a whole number of at least 1"),
+    "no short form": (["table2", "--seed", "3"], "unrecognized arguments: --seed 3"),
+    "no memory of a device": ([*RUN, "plain", "--device", "meta"], "device 'meta' cannot be used: "),
     "no jobs": (["table2", "--jobs", "-1"], "argument --jobs: '-1' must be a whole number of at least 1"),
     "no cells": (["table2", "--only", "vgg16-*"], "--only vgg16-* is none of the cells, such as vgg11-plain-seed0"),
     "no directory": ([*RUN, "plain", "--dataset", "cifar10"], "data set 'cifar10' needs a directory: --data DIR"),

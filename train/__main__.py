@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,8 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    whole = argparse.ArgumentParser(prog="python -m train", description=(__doc__ or "").partition(": ")[2])
-    commands = whole.add_subparsers(required=True, metavar="COMMAND")
+    exact = partial(argparse.ArgumentParser, allow_abbrev=False)  # --seed is no short form of --seeds
+    whole = exact(prog="python -m train", description=(__doc__ or "").partition(": ")[2])
+    commands = whole.add_subparsers(required=True, metavar="COMMAND", parser_class=exact)
 
     one = commands.add_parser("run", help="train one network, attack it, and write its row")
     one.add_argument("--model", required=True, choices=tuple(PAPER))
@@ -180,6 +182,8 @@ def run_widths(options: argparse.Namespace) -> int:
     data, directory = given(options)
     how = chosen(options, "figure2", data)
     check_usable(options.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)  # of the evaluations, in this process
     parts = list(widths.parts(how, out))
     if not only(parts[0][2], options):
         raise ValueError(f"--only {' '.join(options.only)} is none of the cells, such as {parts[0][2][0].name}")

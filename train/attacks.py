@@ -71,6 +71,8 @@ def autoattack(
     ``state`` names a file that keeps what is done after every batch: a killed evaluation goes on from there, with the
     same result. A file that is damaged, or of another evaluation, is replaced.
     """
+    if not len(x):  # the share of one of more processes than there are images
+        return torch.empty(0, dtype=torch.bool, device=x.device)
     if unknown := [name for name in attacks if name not in STANDARD]:
         raise ValueError(f"attacks {', '.join(unknown)!r} must be of {', '.join(STANDARD)}")
     if not (x.min() >= 0 and x.max() <= 1):
@@ -154,7 +156,8 @@ def _key(model: nn.Module, x: Tensor, y: Tensor, *settings: Any) -> str:
     """What an evaluation is of, so that no other goes on from its file."""
     digest = hashlib.sha256(json.dumps(settings).encode())
     for tensor in (x, y, *model.state_dict().values()):
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        plain = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)  # also of one element, of any stride
+        digest.update(plain.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
