@@ -692,3 +692,16 @@ def test_no_singular_value_is_lost_on_a_circle_that_is_larger_than_the_input(n, 
     conv.weight.data = weight
     matrix = conv(torch.eye(n, dtype=torch.float64)[:, None]).flatten(1).T.detach()
     torch.testing.assert_close(found, torch.linalg.svdvals(matrix))
+
+
+def test_a_warm_start_is_not_blind_to_another_group():
+    torch.manual_seed(0)
+    weight = torch.randn(2, 1, 3, 3)
+    weight[0] *= 2
+    start = convnorm.l2(weight, [8, 8], padding=1, groups=2).right
+    weight[1] *= 5
+    cold = convnorm.l2(weight, [8, 8], padding=1, groups=2, rtol=1e-3)
+    warm = convnorm.l2(weight, [8, 8], padding=1, groups=2, rtol=1e-3, start=start)
+    assert not warm.stopped
+    assert warm.ratio <= 1.001
+    assert math.isclose(warm.lower, cold.lower, rel_tol=1e-3)

@@ -357,3 +357,57 @@ def test_jacobians_of_one_number_for_each_sample():
     model = Critic(3, 1)
     found = jacobian_norm(model, torch.randn(4, 3), ord=2)
     torch.testing.assert_close(found, model.weight.detach().double().norm().expand(4), rtol=1e-6, atol=0)
+
+
+class Turned(nn.Module):
+    """An axis swap in place, whose step reads the same input as the layer beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(normal(3, 3).double())
+
+    def forward(self, x):
+        y = (x * 1.0).clone()
+        beside = y @ self.weight
+        y.transpose_(1, 2)
+        return y + beside
+
+
+@pytest.mark.parametrize("ord", ORDS)
+def test_axes_that_are_swapped_in_place_are_swapped_for_this_branch_alone(ord):
+    model = Turned()
+    exact = norm_of(matrix_of(model, (3, 3)), ord)
+    assert lipschitz(model, [1, 3, 3], ord=ord, rtol=1e-6).upper >= exact * (1 - 1e-12)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x, values, index: x + index,
+        lambda x, values, index: torch.maximum(x, index),
+        lambda x, values, index: torch.cat([x, index], 1),
+        lambda x, values, index: values * index,
+        lambda x, values, index: (values, index),
+    ],
+)
+def test_places_of_largest_elements_are_refused(use):
+    with pytest.raises(GeometryError, match="of 'max_1', has no known Lipschitz constant"):
+        lipschitz(Of(lambda x: use(x, *x.max(1, keepdim=True))), [2, 4])
+
+
+@pytest.mark.parametrize("ord", ORDS)
+def test_jacobians_of_networks_that_write_into_their_input(ord):
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 3)).double()
+    x = normal(2, 4).double()
+    before = x.clone()
+    found = jacobian_norm(model, x, ord=ord)
+    assert torch.equal(x, before)
+    model[0].inplace = False
+    torch.testing.assert_close(found, jacobian_norm(model, x, ord=ord))
+
+
+def test_a_tie_of_a_constant_network_has_no_radius():
+    bound = lipschitz(Of(lambda x: x * 0), [1, 3])
+    assert certified_radius(torch.tensor([[1.0, 1.0], [2.0, 1.0]]), bound).tolist() == [0, math.inf]
+    bound = lipschitz(nn.Flatten(), [1, 2])
+    assert certified_radius(torch.tensor([1e308, -1e308], dtype=torch.float64), bound).isfinite()

@@ -45,7 +45,7 @@ def _moved(call: Call) -> Operator:
     source, (first, *_) = call.source(), call.arguments
     _refuse_batch(call)
     rest = {name: value for name, value in call.arguments.items() if name != first}
-    return Rearranged(source.shape, call.shape, lambda x: call.target(x, **rest))
+    return Rearranged(source.shape, call.shape, lambda x: call.target(x.view_as(x), **rest))  # transpose_ turns a view
 
 
 def _refuse_batch(call: Call) -> None:

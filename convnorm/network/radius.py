@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from ..geometry import GeometryError
@@ -34,4 +35,5 @@ def certified_radius(logits: Tensor, bound: Bound) -> Tensor:
         raise GeometryError("convnorm: logits hold NaN or inf, which have no margin")
     first, second = logits.detach().double().topk(2).values.unbind(-1)
     factor = {1: 1.0, 2: math.sqrt(2), math.inf: 2.0}[bound.ord]
-    return (first - second) * (1 - 4 * EPS) / (factor * bound.upper)
+    margin = (first - second).clamp_max(torch.finfo(torch.float64).max)
+    return (margin * (1 - 4 * EPS) / (factor * bound.upper)).nan_to_num(0.0, posinf=math.inf)  # 0 / 0: of a tie

@@ -179,6 +179,9 @@ class Walk:
         value = self.values[node]
         if value.version != value.storage.version:
             raise GeometryError(f"convnorm: node {node.name!r} was overwritten in place before it is used")
+        if value.content is None and node.target is operator.getitem and node not in self.regions:
+            made = node.args[0].name
+            raise GeometryError(f"convnorm: {_described(node)}, of {made!r}, has no known Lipschitz constant")
         return value.content
 
     def call(self, node: fx.Node) -> None:

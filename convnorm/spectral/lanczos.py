@@ -59,6 +59,8 @@ def search(layer: Layer, rtol: float, steps: int, start: Tensor | None = None, s
     spans = spans or (ROUGH_SPANS if rtol > ROUGH else SPANS)
     if start is None and (smaller := _halved(layer, spans)):
         start = widened(search(smaller, max(SHARPER * rtol, SHARPEST), steps, spans=spans), layer)
+    elif start is not None:  # it may be blind to what is largest now: to another group, for instance
+        start = noisy(start.to(layer.weight))
     process = Lanczos(layer, start)
     process.run(rtol, steps)
     return process
@@ -86,9 +88,13 @@ def widened(process: Lanczos, layer: Layer) -> Tensor:
         x = torch.arange(n, device=weight.device)
         envelope = torch.sin((x + 1) * (math.pi / (n + 1)))
         wave = wave.unsqueeze(-1) * torch.polar(envelope, at * x * (math.pi / n))
-    generator = torch.Generator(weight.device).manual_seed(1)
-    noise = torch.randn(wave.shape, dtype=weight.dtype, device=weight.device, generator=generator)
-    return _unit(wave.real) + NOISE * _unit(noise)
+    return noisy(wave.real)
+
+
+def noisy(start: Tensor) -> Tensor:
+    generator = torch.Generator(start.device).manual_seed(1)
+    noise = torch.randn(start.shape, dtype=start.dtype, device=start.device, generator=generator)
+    return _unit(start) + NOISE * _unit(noise)
 
 
 def _unit(x: Tensor) -> Tensor:
