@@ -84,6 +84,10 @@ class Batch:
         for use, grad in zip(self.uses, grads, strict=True):
             if grad.layout is not torch.strided:
                 raise RuntimeError(f"convnorm: the gradient of layer {use.name!r} is {grad.layout}, it must be strided")
+            if any(size > 1 and step == 0 for size, step in zip(grad.shape, grad.stride(), strict=True)):
+                raise RuntimeError(
+                    f"convnorm: the gradient of layer {use.name!r} is expanded, its elements share memory: clone() it"
+                )
 
     def is_finite(self) -> bool:
         """Whether all norms are, of a batch on the CPU. By way of numpy, which takes less time than PyTorch's calls."""

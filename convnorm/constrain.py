@@ -81,22 +81,37 @@ class Projection:
         refuse_sharded(model := unwrapped(model), WHOLE)
         uses = observe(model, *inputs)
         bounds = _named_bounds(model, uses, bound)
-        by_weight: dict[int, list[Use]] = {}
-        for use in uses:
-            if use.name in bounds:
-                by_weight.setdefault(id(use.module.weight), []).append(use)
+        self._uses = [use for use in uses if use.name in bounds]
+        self._bounds = {name: b.detach().clone() if isinstance(b, Tensor) else b for name, b in bounds.items()}
+        self._ord, self._method, self._model, self._held = ord, method, model, Held(model, self._uses)
+        self._bind()
+
+    def _bind(self) -> None:
+        self._sharing = self._shared()
+        shared = [[self._uses[i] for i in own] for own in self._sharing]
         self._bounded: list[_BoundedWeight] | list[_BoundedNorm]
-        if ord == 2:
-            self._bounded = [_BoundedNorm.of(shared, method, bounds) for shared in by_weight.values()]
+        if self._ord == 2:
+            self._bounded = [_BoundedNorm.of(uses, self._method, self._bounds) for uses in shared]
         else:
-            self._bounded = [_BoundedWeight.of(shared, ord, bounds) for shared in by_weight.values()]
-        self._ord, self._model, self._held = ord, model, Held(model, [use for use in uses if use.name in bounds])
+            self._bounded = [_BoundedWeight.of(uses, self._ord, self._bounds) for uses in shared]
+
+    def _shared(self) -> list[list[int]]:
+        """Which uses are of one weight: when it is replaced, no longer those that were."""
+        by_weight: dict[int, list[int]] = {}
+        for i, use in enumerate(self._uses):
+            weight, name = use.module._parameters.get("weight"), use.name
+            if weight is None:
+                raise GeometryError(f"convnorm: weight of layer {name!r} is computed from others: nothing to write to")
+            by_weight.setdefault(id(weight), []).append(i)
+        return list(by_weight.values())
 
     @torch.no_grad()
     def step(self) -> None:
         """Project the layers that exceed their bounds."""
         refuse_sharded(self._model, WHOLE)
         self._held.warn_of_gone("Projection")
+        if self._shared() != self._sharing:
+            self._bind()
         by_device: dict[torch.device, list[_BoundedWeight | _BoundedNorm]] = {}
         for one in self._bounded:
             by_device.setdefault(one.module.weight.device, []).append(one)
@@ -219,7 +234,7 @@ class _BoundedNorm:
 def _named_bounds(
     model: nn.Module, uses: Sequence[Use], bound: float | Mapping[str, float | Tensor]
 ) -> Mapping[str, float | Tensor]:
-    """A bound for each layer that shall have one, all of which the model runs and can write to."""
+    """A bound for each layer that shall have one, all of which the model runs."""
     layers = named_layers(model)
     bounds = bound if isinstance(bound, Mapping) else dict.fromkeys(layers, bound)
     seen = {use.name for use in uses}
@@ -233,8 +248,6 @@ def _named_bounds(
                 f"convnorm: layer {name!r} is never run on these inputs, so that its input size is unknown: "
                 "bound others by name, bound={name: bound}"
             )
-        if not isinstance(layers[name]._parameters.get("weight"), nn.Parameter):
-            raise GeometryError(f"convnorm: weight of layer {name!r} is computed from others: nothing to write to")
     return bounds
 
 

@@ -154,6 +154,10 @@ class NormDecay:
         >>> NormDecay(model, [1, 2], beta=0.5, ord=math.inf).penalty().item()
         3.0
         """
+        if self._schedule is not None:
+            raise RuntimeError(
+                "convnorm: penalty() counts no steps for a schedule of beta: set beta in the loop instead"
+            )
         self._know_layers()
         if not torch.compiler.is_compiling():
             self._held.warn_of_gone("NormDecay")
@@ -206,7 +210,11 @@ class NormDecay:
             "ord": self.ord,
             "momentum": self.momentum,
             "variant": self.variant,
-            "beta": dict(self._beta) if isinstance(self._beta, Mapping) else self._beta,
+            "beta": (  # numbers of Python: torch.load does not take numpy's
+                {name: float(b) for name, b in self._beta.items()}
+                if isinstance(self._beta, Mapping)
+                else float(self._beta)
+            ),
             "steps": int(self._batches[0].clock) if self._batches else 0,
             "scheduled": self._steps,
             "rows": self._rows(),  # each rank saves its own

@@ -40,8 +40,10 @@ class SGD(torch.optim.SGD):
 
     def __init__(self, params: Any, *args: Any, norm_decay: NormDecay, **kwargs: Any) -> None:
         params = list(params)
-        sharded = any(is_dtensor(leaf) for leaf in tree_leaves(params))  # for which PyTorch has no fused operator
-        super().__init__(params, *args, **{"fused": None if sharded else True} | kwargs)
+        tensors = [leaf for leaf in tree_leaves(params) if isinstance(leaf, Tensor)]
+        unfused = any(is_dtensor(t) or not t.is_floating_point() for t in tensors)  # PyTorch has no operator for these
+        unfused = unfused or bool(kwargs.get("foreach"))
+        super().__init__(params, *args, **{"fused": None if unfused else True} | kwargs)
         self.norm_decay = norm_decay
         norm_decay.warn_of_missing(self)
         self._measured: dict[Batch, list[int]] = {}  # batches whose norms are known, and the versions that they are of
@@ -114,6 +116,8 @@ class SGD(torch.optim.SGD):
             names = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize", "foreach", "fused")
             options = {"has_sparse_grad": sparse} | {name: group[name] for name in names}
             options |= {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
+            if sparse:  # as an embedding's may be: for which PyTorch has no fused operator
+                options["fused"] = False
             if group["momentum"] == 0:
                 sgd(params, grads, [], **options)
                 continue

@@ -72,8 +72,6 @@ class Recorder:
             lambda use: f"@{'x'.join(map(str, use.in_shape))}",
             lambda use: f"-{'x'.join(map(str, use.out_shape))}",
         )
-        # the weights of some are computed, and that may change their state: not in evaluation
-        self._computing = [use.module.parametrizations for use in self._uses if is_parametrized(use.module)]
         with torch.no_grad(), evaluating(model):
             self._columns = columns([use.layer for use in self._uses])
         self._every, self._flush_every = every, flush_every
@@ -97,7 +95,9 @@ class Recorder:
     @torch.no_grad()
     def _measure(self) -> list[Tensor]:
         """[2, layers] on each device, by the order of ``_members``."""
-        with evaluating(*self._computing):
+        # the weights of some are computed, by now, and that may change their state: not in evaluation
+        computing = [use.module.parametrizations for use in self._uses if is_parametrized(use.module)]
+        with evaluating(*computing):
             weights = [current_weight(use.module) for use in self._uses]
         batches: dict[tuple, list[int]] = {}
         for i, weight in enumerate(weights):

@@ -67,6 +67,13 @@ inline Matrix as_matrix(const Tensor& weight, const LayerPlan& plan) {
   return matrix;
 }
 
+// Of an expanded tensor one element would be written many times.
+inline void check_apart(const Tensor& grad) {
+  const auto sizes = grad.sizes(), strides = grad.strides();
+  for (size_t i = 0; i < sizes.size(); ++i)
+    STD_TORCH_CHECK(sizes[i] <= 1 || strides[i] != 0, "convnorm: elements of a gradient share memory");
+}
+
 // What measure_native returns: see convnorm/library.py.
 struct Result {
   Tensor l1, linf, winners;

@@ -16,7 +16,7 @@ import oracle
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize
 
 from convnorm.ball import _by_interior_points, _by_pressures, ball_of, shrink
 from convnorm.constrain import Projection, constrain, project_, project_batch_norms_
@@ -708,3 +708,29 @@ def test_a_bound_of_inf_leaves_weights_and_their_gradients_as_they_are(ord, size
     assert (weight.grad[free] == 1).all()
     linear = constrain(nn.Linear(3, 2), ord=ord, bound=inf)
     assert torch.equal(linear.weight, linear.parametrizations.weight.original)
+
+
+def two():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("ord", [1, 2, inf])
+def test_weights_that_are_not_shared_any_more_are_bounded_each(ord):
+    model = two()
+    model[1].weight = model[0].weight
+    projection = Projection(model, [1, 4], ord=ord, bound=0.1)
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    assert model[0].weight is not model[1].weight
+    projection.step()
+    for layer in model:
+        assert torch.linalg.matrix_norm(layer.weight.detach().double(), ord) <= 0.1
+
+
+@pytest.mark.parametrize("ord", [1, 2, inf])
+def test_a_weight_that_is_computed_by_now_is_refused_by_name(ord):
+    model = two()
+    projection = Projection(model, [1, 4], ord=ord, bound=0.1)
+    parametrizations.weight_norm(model[1])
+    with pytest.raises(GeometryError, match="weight of layer '1' is computed from others"):
+        projection.step()

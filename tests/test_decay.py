@@ -1,9 +1,11 @@
 """NormDecay is Algorithm 1: compared with dense tensors, whole matrices and PyTorch's own differentiation."""
 
 import copy
+import io
 import math
 import warnings
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -411,3 +413,37 @@ def test_beta_that_is_set_after_loading_counts_where_layers_are_not_known_yet():
     resumed.beta = 2.0
     train(model, resumed.step, 1)
     assert resumed.beta == 2.0
+
+
+def two():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("ord", [1, math.inf])
+def test_a_gradient_whose_elements_share_memory_is_refused_by_name(ord):
+    model = two()
+    decay = convnorm.NormDecay(model, [1, 4], ord=ord, beta=1.0)
+    (model[1].weight.grad,) = torch.autograd.grad(model[1].weight.sum(), model[1].weight)
+    with pytest.raises(RuntimeError, match=r"gradient of layer '1' .*share memory"):
+        decay.step()
+
+
+@pytest.mark.parametrize(
+    "beta",
+    [np.float64(0.1), {"*": np.float32(0.1)}, lambda step: 0.1 * np.cos(step)],
+    ids=["number", "named", "schedule"],
+)
+def test_a_beta_of_numpy_is_saved_and_loaded(beta):
+    decay = convnorm.NormDecay(two(), [1, 4], beta=beta)
+    file = io.BytesIO()
+    torch.save(decay.state_dict(), file)
+    file.seek(0)
+    again = convnorm.NormDecay(two(), [1, 4], beta=beta)
+    again.load_state_dict(torch.load(file))  # weights only
+    assert again.beta == decay.beta
+
+
+def test_a_penalty_counts_no_steps_for_a_schedule():
+    with pytest.raises(RuntimeError, match="counts no steps for a schedule of beta: set beta in the loop"):
+        convnorm.NormDecay(two(), [1, 4], beta=lambda step: 0.1 * step).penalty()

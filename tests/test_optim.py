@@ -319,3 +319,43 @@ def test_a_copy_goes_on(duplicate):
     other, other_optimizer = duplicate((model, optimizer))
     assert other_optimizer.norm_decay is not decay
     assert_same(train(model, optimizer, 3, seed=1), train(other, other_optimizer, 3, seed=1))
+
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.last = nn.Embedding(10, 4, sparse=True), nn.Linear(4, 3)
+        self.scale = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+
+    def forward(self, x):
+        return (self.last(self.words(x)) * self.scale).abs()
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"foreach": False}], ids=str)
+def test_sparse_gradients_and_complex_parameters_are_stepped_all_the_same(options):
+    results = []
+    for own in (True, False):
+        model = Words()
+        decay = convnorm.NormDecay(model, {"last": ()}, beta=0.3)
+        if own:
+            optimizer = convnorm.optim.SGD(model.parameters(), lr=0.1, norm_decay=decay, **options)
+        else:
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, **options)
+            decay.attach(optimizer)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.tensor([1, 2])).square().sum().backward()
+            optimizer.step()
+        results.append(list(model.parameters()))
+    torch.testing.assert_close(*results)
+
+
+def test_only_the_embedding_is_sparse():
+    model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, 3))
+    decay = convnorm.NormDecay(model, {"1": ()}, beta=0.3)
+    optimizer = convnorm.optim.SGD(model.parameters(), lr=0.1, norm_decay=decay)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.tensor([1, 2])).square().sum().backward()
+        optimizer.step()

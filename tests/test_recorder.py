@@ -257,3 +257,14 @@ def test_one_layer_that_makes_several_output_sizes_of_one_input_size(tmp_path):
         decay.step()
         grads.append(model.up.weight.grad)
     assert torch.equal(*grads)
+
+
+def test_a_weight_that_is_computed_by_now_is_recorded_without_changing_it(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).train()
+    with Recorder(model, [1, 4], tmp_path / "norms.csv") as recorder:
+        parametrizations.spectral_norm(model[0])
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        recorder.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    _, values = csv.reader((tmp_path / "norms.csv").open())
+    assert float(values[1]) == pytest.approx(convnorm.norms(model.eval()[0]).l1.item())

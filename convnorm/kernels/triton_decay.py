@@ -90,5 +90,7 @@ def _pairs(weights: Sequence[Tensor], grads: Sequence[Tensor], hidden: Sequence[
         turn = turns.get(address, 0)
         if address != NO_GRADIENT:
             turns[address] = turn + 1
+            if any(size > 1 and step == 0 for size, step in zip(grad.shape, grad.stride(), strict=True)):
+                raise RuntimeError("convnorm: elements of a gradient share memory")
         pairs.append(Pair((weight.dtype, shown.dtype), turn, weight.shape, weight.stride(), shown.stride()))
     return tuple(pairs)

@@ -224,6 +224,7 @@ void step(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, 
       grad_matrices[i] = as_matrix(grads[i], plan[i]);
       STD_TORCH_CHECK(grads[i].size(0) == weights[i].size(0) && grads[i].size(1) == weights[i].size(1),
                       "convnorm: a gradient is that of another weight");
+      check_apart(grads[i]);
     }
     const bool column = linf == plan[i].transposed;
     begin.push_back(begin.back() + slice_length(weight_matrices[i], column));

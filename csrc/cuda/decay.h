@@ -47,6 +47,7 @@ inline void check_layer(const Tensor& weight, const Tensor& grad, const LayerPla
   STD_TORCH_CHECK(weight.numel() > 0, "convnorm: weight is empty");
   const bool same = std::equal(sizes.begin(), sizes.end(), grad_sizes.begin(), grad_sizes.end());
   STD_TORCH_CHECK(same || grad.numel() == 0, "convnorm: the gradient is of another weight");
+  check_apart(grad);
   for (const Tensor* tensor : {&weight, &grad}) {
     const ScalarType dtype = tensor->scalar_type();
     const bool floating = dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::Half ||
