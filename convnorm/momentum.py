@@ -115,6 +115,7 @@ def decay_reference(
     measured: bool,
 ) -> None:
     """One step of norm decay in plain PyTorch: see ``library.DECAY`` for the contract of every backend."""
+    check_apart(grads)
     if not measured:
         values = measure_reference(weights, plan, [len(weights)])
         norms.copy_(values[int(linf)])
@@ -128,6 +129,13 @@ def decay_reference(
         if grads[i].numel():
             add_terms(grads[i], layers[i], column, ring, channels[:, i], slot, rates[i], momentum)
     clock += 1
+
+
+def check_apart(grads: Sequence[Tensor]) -> None:
+    """Of an expanded tensor one element would be written many times."""
+    for grad in grads:
+        if any(size > 1 and step == 0 for size, step in zip(grad.shape, grad.stride(), strict=True)):
+            raise RuntimeError("convnorm: elements of a gradient share memory")
 
 
 def write_term(

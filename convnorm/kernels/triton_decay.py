@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import GeometryError
+from ..momentum import check_apart
 from .triton_decay_schedule import AGES, BLOCK, CHUNK, NO_GRADIENT, Pair, decay_schedules
 from .triton_measure import addresses_of, keep_while_captured, measure_triton
 
@@ -39,6 +40,7 @@ def decay_triton(
     measured: bool,
 ) -> None:
     """See ``library.DECAY`` for the contract of every backend."""
+    check_apart(grads)
     _check_devices([norms, winners, signs, channels, clock, rates, *weights, *(g for g in grads if g.numel())])
     values, found = norms, winners
     if not measured:
@@ -90,7 +92,5 @@ def _pairs(weights: Sequence[Tensor], grads: Sequence[Tensor], hidden: Sequence[
         turn = turns.get(address, 0)
         if address != NO_GRADIENT:
             turns[address] = turn + 1
-            if any(size > 1 and step == 0 for size, step in zip(grad.shape, grad.stride(), strict=True)):
-                raise RuntimeError("convnorm: elements of a gradient share memory")
         pairs.append(Pair((weight.dtype, shown.dtype), turn, weight.shape, weight.stride(), shown.stride()))
     return tuple(pairs)
