@@ -86,31 +86,29 @@ class Projection:
         self._ord, self._method, self._model, self._held = ord, method, model, Held(model, self._uses)
         self._bind()
 
-    def _bind(self) -> None:
-        self._sharing = self._shared()
-        shared = [[self._uses[i] for i in own] for own in self._sharing]
-        self._bounded: list[_BoundedWeight] | list[_BoundedNorm]
-        if self._ord == 2:
-            self._bounded = [_BoundedNorm.of(uses, self._method, self._bounds) for uses in shared]
-        else:
-            self._bounded = [_BoundedWeight.of(uses, self._ord, self._bounds) for uses in shared]
+    def _weights(self) -> list[Tensor | None]:
+        return [use.module._parameters.get("weight") for use in self._uses]
 
-    def _shared(self) -> list[list[int]]:
-        """Which uses are of one weight: when it is replaced, no longer those that were."""
-        by_weight: dict[int, list[int]] = {}
-        for i, use in enumerate(self._uses):
-            weight, name = use.module._parameters.get("weight"), use.name
+    def _bind(self) -> None:
+        self._known = self._weights()
+        by_weight: dict[int, list[Use]] = {}
+        for use, weight in zip(self._uses, self._known, strict=True):
+            name = use.name
             if weight is None:
                 raise GeometryError(f"convnorm: weight of layer {name!r} is computed from others: nothing to write to")
-            by_weight.setdefault(id(weight), []).append(i)
-        return list(by_weight.values())
+            by_weight.setdefault(id(weight), []).append(use)
+        self._bounded: list[_BoundedWeight] | list[_BoundedNorm]
+        if self._ord == 2:
+            self._bounded = [_BoundedNorm.of(shared, self._method, self._bounds) for shared in by_weight.values()]
+        else:
+            self._bounded = [_BoundedWeight.of(shared, self._ord, self._bounds) for shared in by_weight.values()]
 
     @torch.no_grad()
     def step(self) -> None:
         """Project the layers that exceed their bounds."""
-        refuse_sharded(self._model, WHOLE)
         self._held.warn_of_gone("Projection")
-        if self._shared() != self._sharing:
+        if any(now is not then for now, then in zip(self._weights(), self._known, strict=True)):  # replaced, or sharded
+            refuse_sharded(self._model, WHOLE)
             self._bind()
         by_device: dict[torch.device, list[_BoundedWeight | _BoundedNorm]] = {}
         for one in self._bounded:

@@ -64,7 +64,7 @@ class Recorder:
         refuse_sharded(model, WHOLE)
         model = unwrapped(model)
         self._uses = observe(model, *inputs_of(example))
-        self._model, self._held = model, Held(model, self._uses)
+        self._model, self._held, self._known = model, Held(model, self._uses), self._weights()
         if not self._uses:
             raise ValueError(f"convnorm: model {type(model).__name__} uses no convolutional or fully connected layer")
         labels = labels_of(
@@ -80,12 +80,18 @@ class Recorder:
         self._file = (Table if Path(path).suffix == ".csv" else Events)(Path(path), labels, start)
         self._next = self._file.first
 
+    def _weights(self) -> list[Tensor | None]:
+        return [use.module._parameters.get("weight") for use in self._uses]
+
     def step(self) -> None:
         """Measure the weights as they are now. After ``optimizer.step()``."""
         number, self._next = self._next, self._next + 1
         if number % self._every:
             return
-        refuse_sharded(self._model, WHOLE)
+        weights = self._weights()
+        if any(now is not then for now, then in zip(weights, self._known, strict=True)):  # replaced, or sharded
+            refuse_sharded(self._model, WHOLE)
+            self._known = weights
         self._held.warn_of_gone("Recorder")
         values = self._measure()  # may flush what is pending
         self._pending.append((number, values))
