@@ -10,8 +10,7 @@ inline int64_t padded(int64_t length) {
   return (length + kPadding - 1) / kPadding * kPadding;
 }
 
-// Where only columns are summed, so many rows are read side by side: blocks are whole multiples of them.
-constexpr int kRowsAtOnce = 8;
+constexpr int kStrands = 4;  // rows that are read side by side: blocks are whole multiples of them
 
 // A sum in float loses up to one rounding an addition. So no more than kMostRows rows are added to one float, then
 // doubles take over: 8e-6 relative at worst. Along a row likewise.

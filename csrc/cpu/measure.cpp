@@ -127,7 +127,7 @@ int64_t rows_per_block(const Matrix& matrix) {
   int64_t blocks = 1;
   while (blocks * most < matrix.rows) blocks *= 2;
   const int64_t rows = (matrix.rows + blocks - 1) / blocks;
-  return std::min((rows + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce, matrix.rows);
+  return std::min((rows + kStrands - 1) / kStrands * kStrands, matrix.rows);
 }
 
 Layer make_layer(const Tensor& weight, const LayerPlan& plan, Norms norms) {
