@@ -1,5 +1,6 @@
 """Exact operator norms of convolutional layers. ``import convnorm`` registers ``torch.ops.convnorm``."""
 
+from . import direct as direct
 from . import network as network
 from . import optim as optim
 from . import spectral as spectral

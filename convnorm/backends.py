@@ -35,6 +35,7 @@ def load_native() -> None:
         _native_failure = f"the extension does not load: {error}"
 
 
+@torch.compiler.assume_constant_result  # it asks the dispatcher, which compilers do not follow
 def why_not(backend: str, device_type: str) -> str | None:
     """Why ``backend`` cannot serve a device, or None where it can."""
     if backend == "native":
@@ -54,6 +55,11 @@ def why_not(backend: str, device_type: str) -> str | None:
             needed, had = (".".join(map(str, one)) for one in (OLDEST_GPU[backend], found))
             return f"{backend} needs GPUs of compute capability {needed}, here is one of {had}"
     return None
+
+
+def chosen() -> str | None:
+    """The backend asked for with ``use_backend``."""
+    return _chosen
 
 
 def backend_for(device: torch.device) -> str:

@@ -80,7 +80,7 @@ class Tables:
 
 
 @lru_cache(maxsize=1024)
-def tables_of(plan: tuple[int, ...], column: bool) -> Tables:
+def tables_of(plan: str, column: bool) -> Tables:
     """The windows of one layer; of several uses of one weight, those of all."""
     tables = [_tables(layer, column) for layer in read_plan(plan)]
     merged, ids = np.unique(np.concatenate([merged for merged, _ in tables]), axis=0, return_inverse=True)
@@ -103,7 +103,7 @@ def tables_of(plan: tuple[int, ...], column: bool) -> Tables:
 
 
 @lru_cache(maxsize=1024)
-def ball_of(plan: tuple[int, ...], column: bool, device: torch.device) -> Ball:
+def ball_of(plan: str, column: bool, device: torch.device) -> Ball:
     tables = tables_of(plan, column)
     counted = (tables.counts if tables.merged is None else tables.counts @ tables.merged).any(0)
     return Ball(

@@ -53,7 +53,7 @@ class Batch:
         self._dtype = self.weights[0].dtype
 
     def _remember(self, weights: Sequence[Tensor], layers: Sequence[LayerPlan]) -> None:
-        self.plan = tuple(number for layer in layers for number in layer.numbers)
+        self.plan = "".join(layer.text for layer in layers)
         self.state = no_momentum(weights, self.plan, self.linf, self.momentum)
         self.rates = torch.zeros(len(weights), dtype=torch.float64, device=weights[0].device)
         self._lengths = slice_lengths(weights, layers, self.linf)

@@ -115,8 +115,8 @@ class Projection:
             by_device.setdefault(one.module.weight.device, []).append(one)
         for bounded in by_device.values():
             weights = [weight for one in bounded for weight in [one.moved()] * one.uses]
-            plan = [number for one in bounded for number in one.plan]
-            l1s, linfs, _ = library.read(weights, plan, [len(weights)])
+            plan = "".join(one.plan for one in bounded)
+            l1s, linfs, _ = library.read(weights, plan)
             read = {1: l1s, 2: l1s.sqrt() * linfs.sqrt(), math.inf: linfs}[self._ord]
             values = read.tolist()
             for one in bounded:
@@ -141,7 +141,7 @@ class _BoundedWeight:
     least: float
 
     @property
-    def plan(self) -> tuple[int, ...]:
+    def plan(self) -> str:
         return self.constraint.plan
 
     def moved(self) -> Tensor:
@@ -204,8 +204,8 @@ class _BoundedNorm:
         return len(self.layers)
 
     @property
-    def plan(self) -> tuple[int, ...]:
-        return tuple(number for layer in self.layers for number in layer.plan.numbers)
+    def plan(self) -> str:
+        return "".join(layer.plan.text for layer in self.layers)
 
     @property
     def least(self) -> float:

@@ -170,7 +170,7 @@ class NormDecay:
             devices.setdefault(use.module.weight.device, []).append(i)
         rates, terms = self._rates(), []
         for device, members in devices.items():
-            plan = [number for i in members for number in plan_of(self.uses[i]).numbers]
+            plan = "".join(plan_of(self.uses[i]).text for i in members)
             weights = [current_weight(self.uses[i].module) for i in members]
             norms = library.norms_of(weights, plan, self.ord == math.inf)
             terms.append((torch.tensor([rates[i] for i in members], device=device).to(norms.dtype) * norms).sum())

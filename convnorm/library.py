@@ -7,11 +7,10 @@ one of three opaque operators that do the reading (``backends.py`` says which):
     measure_triton      Triton
     measure_reference   plain PyTorch, on every device
 
-All three have the schema ``MEASURE``. They return, for N weights one after another, in tensors of any ``shape`` of N
-elements:
+All three have the schema ``MEASURE``. They return, for N weights one after another:
 
-    l1[*shape], linf[*shape]    the norms
-    winners[*shape, 2, 2]       for the l1, then the linf norm: the channel that won, and which of its windows
+    l1[N], linf[N]      the norms
+    winners[N, 2, 2]    for the l1, then the linf norm: the channel that won, and which of its windows
 
 and likewise one of three for a step of norm decay, ``decay_native`` ..., of the schema ``DECAY``. It measures one norm
 of every layer into ``norms[N]`` and ``winners[N, 2]`` (or takes it from there, if it is ``measured``), writes the
@@ -50,14 +49,14 @@ LAYERS = (
     "int[][] stride, int[][] padding, SymInt[][] in_shape, *, int[][]? dilation=None, int[]? groups=None, "
     "str[]? padding_mode=None, bool[]? transposed=None, int[][]? output_padding=None"
 )
-MEASURE = "(Tensor[] weights, int[] plan, int[] shape) -> (Tensor l1, Tensor linf, Tensor winners)"
+MEASURE = "(Tensor[] weights, str plan) -> (Tensor l1, Tensor linf, Tensor winners)"
 DECAY = (
     "(Tensor[] weights, Tensor(a!)[] grads, Tensor(b!) norms, Tensor(c!) winners, Tensor(d!) signs, "
-    "Tensor(e!) channels, Tensor(f!) clock, Tensor rates, float momentum, int[] plan, bool linf, bool measured) -> ()"
+    "Tensor(e!) channels, Tensor(f!) clock, Tensor rates, float momentum, str plan, bool linf, bool measured) -> ()"
 )
 SGD = (
     "(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] buffers, Tensor(c!) norms, Tensor(d!) winners, "
-    "float[] rates, int[] flags, int[] plan, bool linf) -> ()"
+    "float[] rates, int[] flags, str plan, bool linf) -> ()"
 )
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -66,7 +65,8 @@ lib.define(f"l1(Tensor weight, {LAYER}) -> Tensor")
 lib.define(f"linf(Tensor weight, {LAYER}) -> Tensor")
 lib.define(f"norms(Tensor weight, {LAYER}) -> (Tensor l1, Tensor linf)")
 lib.define(f"norms_many(Tensor[] weights, {LAYERS}) -> (Tensor l1s, Tensor linfs)")
-lib.define("window_counts(Tensor winner, int[] plan, bool column) -> Tensor")
+lib.define("window_counts(Tensor winner, str plan, bool column) -> Tensor")
+lib.define("norms_native(Tensor weight, str plan) -> (Tensor l1, Tensor linf)")  # see direct.py
 lib.define("sgd_native" + SGD)  # see optim.py
 for name in BACKENDS:
     lib.define(f"measure_{name}" + MEASURE)
@@ -76,24 +76,21 @@ L1, LINF = 0, 1  # in the order of MEASURE
 
 
 def l1(weight: Tensor, *layer: Any, in_vmap: bool = False, **options: Any) -> Tensor:
-    return _norms([weight], plan_of(weight, *layer, **options), [], in_vmap, wanted=(L1,))[0]
+    return _norms([weight], plan_of(weight, *layer, **options), in_vmap, wanted=(L1,))[0].squeeze(0)
 
 
 def linf(weight: Tensor, *layer: Any, in_vmap: bool = False, **options: Any) -> Tensor:
-    return _norms([weight], plan_of(weight, *layer, **options), [], in_vmap, wanted=(LINF,))[0]
+    return _norms([weight], plan_of(weight, *layer, **options), in_vmap, wanted=(LINF,))[0].squeeze(0)
 
 
 def norms(weight: Tensor, *layer: Any, in_vmap: bool = False, **options: Any) -> tuple[Tensor, ...]:
-    return _norms([weight], plan_of(weight, *layer, **options), [], in_vmap)
+    return tuple([norm.squeeze(0) for norm in _norms([weight], plan_of(weight, *layer, **options), in_vmap)])
 
 
 def norms_many(weights: list[Tensor], *sizes: list, in_vmap: bool = False, **options: list) -> tuple[Tensor, ...]:
     if not weights:
         raise GeometryError("convnorm: weights [] is empty")
-    columns = zip(("stride", "padding", "in_shape"), sizes, strict=True)
-    frozen = tuple((name, _frozen(column)) for name, column in (*columns, *options.items()) if column is not None)
-    plan = _hashed(_network_plan, tuple([weight.shape for weight in weights]), frozen)
-    return _norms(weights, plan, [len(weights)], in_vmap)
+    return _norms(weights, network_plan_of(weights, *sizes, **options), in_vmap)
 
 
 # Composite: autograd, vmap and tracing see the operators that these are made of, not these.
@@ -113,7 +110,7 @@ def plan_of(
     padding_mode: str = "zeros",
     transposed: bool = False,
     output_padding: Sequence[int] | None = None,
-) -> tuple[int, ...]:
+) -> str:
     """A layer's plan; refuses what is no layer."""
     spread = None if dilation is None else tuple(dilation)
     extra = None if output_padding is None else tuple(output_padding)
@@ -121,26 +118,32 @@ def plan_of(
     return _hashed(_layer_plan, weight.shape, *layer)
 
 
+def network_plan_of(weights: Sequence[Tensor], *sizes: list, **options: list) -> str:
+    """The plan of layers one after another; refuses what is no layer."""
+    columns = zip(("stride", "padding", "in_shape"), sizes, strict=True)
+    frozen = tuple((name, _frozen(column)) for name, column in (*columns, *options.items()) if column is not None)
+    return _hashed(_network_plan, tuple([weight.shape for weight in weights]), frozen)
+
+
 def _frozen(column: list) -> tuple:
     return tuple([tuple(one) if isinstance(one, list) else one for one in column])
 
 
 @lru_cache(maxsize=4096)
-def _layer_plan(*layer: Any) -> tuple[int, ...]:
-    return layer_plan(geometry(*layer)).numbers
+def _layer_plan(*layer: Any) -> str:
+    return layer_plan(geometry(*layer)).text
 
 
 @lru_cache(maxsize=256)
-def _network_plan(shapes: tuple, columns: tuple[tuple[str, tuple], ...]) -> tuple[int, ...]:
+def _network_plan(shapes: tuple, columns: tuple[tuple[str, tuple], ...]) -> str:
     for name, column in columns:
         if len(column) != len(shapes):
             raise GeometryError(f"convnorm: {name} has {len(column)} entries for {len(shapes)} weights")
     layers = [{name: column[i] for name, column in columns} for i in range(len(shapes))]
-    plans = [layer_plan(geometry(shape, **layer)) for shape, layer in zip(shapes, layers, strict=True)]
-    return tuple(number for plan in plans for number in plan.numbers)
+    return "".join(layer_plan(geometry(shape, **layer)).text for shape, layer in zip(shapes, layers, strict=True))
 
 
-def _hashed(plan: Callable[..., Sequence[int]], *layers: Any) -> Sequence[int]:
+def _hashed(plan: Callable[..., str], *layers: Any) -> str:
     try:
         return plan(*layers)
     except TypeError:  # symbolic sizes have no hash
@@ -152,9 +155,9 @@ _MEASURE, _DECAY = (
 )
 
 
-def read(weights: Sequence[Tensor], plan: Sequence[int], shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def read(weights: Sequence[Tensor], plan: str) -> tuple[Tensor, Tensor, Tensor]:
     """Read the weights once: their norms and the winners, by the backend that serves their device. No gradients."""
-    return _MEASURE[backend_for(_device_of(weights))](weights, plan, shape)
+    return _MEASURE[backend_for(_device_of(weights))](weights, plan)
 
 
 def decay(
@@ -163,7 +166,7 @@ def decay(
     state: Momentum,
     rates: Tensor,
     momentum: float,
-    plan: Sequence[int],
+    plan: str,
     linf: bool,
     measured: bool = False,
 ) -> None:
@@ -183,56 +186,59 @@ def _device_of(weights: Sequence[Tensor]) -> torch.device:
     return device
 
 
-def norms_of(weights: list[Tensor], plan: Sequence[int], linf: bool) -> Tensor:
+def norms_of(weights: list[Tensor], plan: str, linf: bool) -> Tensor:
     """[N], the norms of so many layers, differentiable."""
-    return _norms(weights, plan, [len(weights)], False, wanted=(LINF if linf else L1,))[0]
+    return _norms(weights, plan, False, wanted=(LINF if linf else L1,))[0]
 
 
-def _norms(
-    weights: list[Tensor], plan: Sequence[int], shape: list[int], in_vmap: bool, wanted: Sequence[int] = (L1, LINF)
-) -> tuple[Tensor, ...]:
-    *values, winners = read(weights, plan, shape)
+def _norms(weights: list[Tensor], plan: str, in_vmap: bool, wanted: Sequence[int] = (L1, LINF)) -> tuple[Tensor, ...]:
+    """[N] each."""
+    *values, winners = read(weights, plan)
     # inside vmap a tensor does not say whether what it is a batch of requires grad, nor a dual tensor that it is one
     hidden = in_vmap or forward_ad._current_level >= 0
     if hidden or (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
-        return tuple(_differentiable(values[i], winners[..., i, :], weights, plan, i == L1) for i in wanted)
+        return tuple(_differentiable(values[i], winners[:, i], weights, plan, i == L1) for i in wanted)
     return tuple([values[i] for i in wanted])
 
 
-def _differentiable(
-    values: Tensor, winners: Tensor, weights: list[Tensor], plan: Sequence[int], of_columns: bool
-) -> Tensor:
+def _differentiable(values: Tensor, winners: Tensor, weights: list[Tensor], plan: str, of_columns: bool) -> Tensor:
     """The same values, now functions of the winning slices."""
     sums = []
-    for weight, layer, winner in zip(weights, read_plan(plan), winners.reshape(-1, 2), strict=True):
+    for weight, layer, winner in zip(weights, read_plan(plan), winners, strict=True):
         column = of_columns != layer.transposed
         sums.append(slice_norm(winning_slice(weight, layer, winner, column), layer, winner, column))
-    again = (torch.stack(sums).reshape(values.shape) if values.dim() else sums[0]).to(values.dtype)
+    again = torch.stack(sums).to(values.dtype)
     return torch.where(again.isfinite(), values + (again - again.detach()), again)
 
 
 for kernel in (measure_reference, measure_triton, decay_reference, decay_triton, window_counts):
     lib.impl(kernel.__name__, torch.no_grad()(kernel), "CompositeExplicitAutograd")
 load_native()
-OPAQUE = ("window_counts", "sgd_native", *(f"{what}_{name}" for what in ("measure", "decay") for name in BACKENDS))
+OPAQUE = (
+    "window_counts",
+    "norms_native",
+    "sgd_native",
+    *(f"{what}_{name}" for what in ("measure", "decay") for name in BACKENDS),
+)
 for opaque in OPAQUE:  # not differentiable: pass autograd by
     lib.impl(opaque, torch.library.fallthrough_kernel, "Autograd")
 
 
-def _fake_measure(weights: list[Tensor], plan: Sequence[int], shape: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    value = weights[0].new_empty(shape, dtype=result_dtype(weights))
-    return value, torch.empty_like(value), value.new_empty([*shape, 2, 2], dtype=torch.int64)
+def _fake_measure(weights: list[Tensor], plan: str) -> tuple[Tensor, Tensor, Tensor]:
+    value = weights[0].new_empty(len(weights), dtype=result_dtype(weights))
+    return value, torch.empty_like(value), value.new_empty(len(weights), 2, 2, dtype=torch.int64)
 
 
 def _vmap_measure(name: str) -> None:
     @register_vmap(f"convnorm::{name}", lib=lib)
-    def batched(info: Any, in_dims: tuple, weights: list[Tensor], plan: Sequence[int], shape: list[int]) -> tuple:
+    def batched(info: Any, in_dims: tuple, weights: list[Tensor], plan: str) -> tuple:
         """A batch of networks is one network of all their layers."""
         batch = range(info.batch_size)
         members = [
             w if dim is None else w.select(dim, i) for i in batch for w, dim in zip(weights, in_dims[0], strict=True)
         ]
-        return getattr(torch.ops.convnorm, name)(members, [*plan] * len(batch), [len(batch), *shape]), (0, 0, 0)
+        results = getattr(torch.ops.convnorm, name)(members, plan * len(batch))
+        return tuple(result.unflatten(0, (len(batch), len(weights))) for result in results), (0, 0, 0)
 
 
 for name in BACKENDS:
@@ -245,14 +251,12 @@ register_fake("convnorm::sgd_native", lambda *arguments: None, lib=lib)
 
 
 @register_fake("convnorm::window_counts", lib=lib)
-def _fake_window_counts(winner: Tensor, plan: Sequence[int], column: bool) -> Tensor:
+def _fake_window_counts(winner: Tensor, plan: str, column: bool) -> Tensor:
     (layer,) = read_plan(plan)
     return winner.new_empty([axis.merged_taps for axis in layer.axes], dtype=torch.float32)
 
 
 @register_vmap("convnorm::window_counts", lib=lib)
-def _vmap_window_counts(
-    info: Any, in_dims: tuple, winner: Tensor, plan: Sequence[int], column: bool
-) -> tuple[Tensor, int]:
+def _vmap_window_counts(info: Any, in_dims: tuple, winner: Tensor, plan: str, column: bool) -> tuple[Tensor, int]:
     each = [torch.ops.convnorm.window_counts(one, plan, column) for one in winner.unbind(in_dims[0])]
     return torch.stack(each), 0

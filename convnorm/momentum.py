@@ -43,7 +43,7 @@ class Momentum:
         return self.norms, self.winners, self.signs, self.channels, self.clock
 
 
-def no_momentum(weights: Sequence[Tensor], plan: Sequence[int], linf: bool, momentum: float) -> Momentum:
+def no_momentum(weights: Sequence[Tensor], plan: str, linf: bool, momentum: float) -> Momentum:
     """The state before the first step."""
     layers, device = read_plan(plan), weights[0].device
     terms = count_terms(momentum, result_dtype(weights))
@@ -110,14 +110,14 @@ def decay_reference(
     clock: Tensor,
     rates: Tensor,
     momentum: float,
-    plan: Sequence[int],
+    plan: str,
     linf: bool,
     measured: bool,
 ) -> None:
     """One step of norm decay in plain PyTorch: see ``library.DECAY`` for the contract of every backend."""
     check_apart(grads)
     if not measured:
-        values = measure_reference(weights, plan, [len(weights)])
+        values = measure_reference(weights, plan)
         norms.copy_(values[int(linf)])
         winners.copy_(values[2][:, int(linf)])
     layers = read_plan(plan)

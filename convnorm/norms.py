@@ -154,8 +154,8 @@ def _winner(layer: Layer, ord: float) -> tuple[Tensor, bool]:
     """Channel and window of the norm, and whether that is of columns of the layer's matrix of taps, or of rows."""
     if ord not in (1, math.inf):
         raise ValueError(f"convnorm: ord {ord!r} must be 1 or inf")
-    winners = library.read([layer.weight.detach()], layer.plan.numbers, [])[2]
-    return winners[0 if ord == 1 else 1], (ord == 1) != layer.transposed
+    winners = library.read([layer.weight.detach()], layer.plan.text)[2]
+    return winners[0, 0 if ord == 1 else 1], (ord == 1) != layer.transposed
 
 
 def _with_values(layer: Layer) -> Layer:

@@ -1,8 +1,10 @@
-"""A layer's windows as a flat list of integers, the form in which they cross the boundary of an operator."""
+"""A layer's windows as a line of integers, the form in which they cross the boundary of an operator.
+
+A string is one argument, whose parsing costs less than that of many integers, and layers one after another are a sum.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -42,10 +44,10 @@ class LayerPlan:
         return all((axis.inputs if column else axis.outputs) == axis.all_once for axis in self.axes)
 
     @cached_property
-    def numbers(self) -> tuple[int, ...]:
+    def text(self) -> str:
         """groups, transposed, number of axes, then for each axis: taps, merged taps, input windows, output windows.
 
-        No lists of windows stand for the usual one, which counts every merged tap once.
+        No lists of windows stand for the usual one, which counts every merged tap once. Ends with its line.
         """
         plan = [self.groups, int(self.transposed), len(self.axes)]
         for axis in self.axes:
@@ -53,7 +55,7 @@ class LayerPlan:
             windows = [() if side == axis.all_once else side for side in (axis.inputs, axis.outputs)]
             for lists in (axis.merged, *windows):
                 plan += [len(lists), *(i for one in lists for i in (len(one), *one))]
-        return tuple(plan)
+        return " ".join(map(str, plan)) + "\n"
 
 
 def layer_plan(geometry: Geometry) -> LayerPlan:
@@ -64,14 +66,10 @@ def layer_plan(geometry: Geometry) -> LayerPlan:
     return LayerPlan(geometry.groups, geometry.transposed, tuple(axes))
 
 
-def read_plan(plan: Sequence[int]) -> tuple[LayerPlan, ...]:
-    """The plans of one layer after another."""
-    return _read_plan(tuple(plan))
-
-
 @lru_cache(maxsize=1024)
-def _read_plan(plan: tuple[int, ...]) -> tuple[LayerPlan, ...]:
-    numbers = iter(plan)
+def read_plan(plan: str) -> tuple[LayerPlan, ...]:
+    """The plans of one layer after another."""
+    numbers = map(int, plan.split())
 
     def lists() -> Lists:
         return tuple(tuple(next(numbers) for _ in range(next(numbers))) for _ in range(next(numbers)))

@@ -15,13 +15,14 @@ from . import library
 from .ball import Ball, Face, ball_of, below, nearest, on_face, settle, tables_of
 from .geometry import GeometryError
 from .layers import Layer, as_layer
+from .plan import read_plan
 from .spectral.rescale import clip, rescale, transformed
 
 IN_CACHE, IN_MEMORY = 1 << 16, 1 << 22  # weights, in float64, in a few tables as large, or at worst taps times as large
 
 lib = Library("convnorm", "FRAGMENT")
 lib.define(
-    "project(Tensor weight, Tensor bound, int[] plan, bool column) "
+    "project(Tensor weight, Tensor bound, str plan, bool column) "
     "-> (Tensor projected, Tensor signs, Tensor active, Tensor counts, Tensor merged)"
 )
 
@@ -30,7 +31,7 @@ lib.define(
 class Constraint:
     """What is bounded: the columns or the rows of a layer's matrix, in each of the uses that ``plan`` lists."""
 
-    plan: tuple[int, ...]
+    plan: str
     column: bool
     groups: int
     channels: int
@@ -45,7 +46,7 @@ def constraint_of(layers: Sequence[Layer], ord: float) -> Constraint:
     """Of uses of one weight that bound the same of it."""
     weight = layers[0].weight
     check_weight(weight)
-    plan = tuple(number for layer in layers for number in layer.plan.numbers)
+    plan = "".join(layer.plan.text for layer in layers)
     column = (ord == 1) != layers[0].transposed
     tables = tables_of(plan, column)
     channels = layers[0].in_channels if ord == 1 else layers[0].out_channels
@@ -220,12 +221,12 @@ def _nearest(x0: Tensor, bounds: Tensor, ball: Ball) -> tuple[Tensor, Face]:
 
 
 @torch.no_grad()
-def _project(weight: Tensor, bound: Tensor, plan: Sequence[int], column: bool) -> tuple[Tensor, ...]:
+def _project(weight: Tensor, bound: Tensor, plan: str, column: bool) -> tuple[Tensor, ...]:
     """``projected`` and what ``on_face`` takes: signs[channels, others, merged taps], active[channels, windows],
     counts[windows, merged taps] and merged[merged taps, taps], which is empty where nothing merges.
     """
     check_bounds(bound)
-    ball = ball_of(tuple(plan), column, weight.device)
+    ball = ball_of(plan, column, weight.device)
     outputs = projected, signs, active, counts, merged = _outputs(weight, plan, column)
     projected.copy_(weight)
     signs.zero_()
@@ -233,7 +234,7 @@ def _project(weight: Tensor, bound: Tensor, plan: Sequence[int], column: bool) -
     counts.copy_(ball.counts)
     if ball.merged is not None:
         merged.copy_(ball.merged)
-    matrix = matrix_of(projected, plan[0], column)
+    matrix = matrix_of(projected, read_plan(plan)[0].groups, column)
     for change in changes_of(matrix, bound, ball):
         matrix[change.index] = change.values
         signs[change.channels], active[change.channels] = change.face.signs, change.face.active
@@ -241,14 +242,14 @@ def _project(weight: Tensor, bound: Tensor, plan: Sequence[int], column: bool) -
 
 
 @register_fake("convnorm::project", lib=lib)
-def _fake_project(weight: Tensor, bound: Tensor, plan: Sequence[int], column: bool) -> tuple[Tensor, ...]:
+def _fake_project(weight: Tensor, bound: Tensor, plan: str, column: bool) -> tuple[Tensor, ...]:
     return _outputs(weight, plan, column)
 
 
-def _outputs(weight: Tensor, plan: Sequence[int], column: bool) -> tuple[Tensor, ...]:
-    tables = tables_of(tuple(plan), column)
+def _outputs(weight: Tensor, plan: str, column: bool) -> tuple[Tensor, ...]:
+    tables = tables_of(plan, column)
     windows, merged_taps = tables.counts.shape
-    groups, channels, others, *taps = matrix_of(weight, plan[0], column).shape
+    groups, channels, others, *taps = matrix_of(weight, read_plan(plan)[0].groups, column).shape
     return (
         torch.empty_like(weight),
         weight.new_empty(groups * channels, others, merged_taps, dtype=torch.int8),

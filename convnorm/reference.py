@@ -11,14 +11,12 @@ from .plan import LayerPlan, Lists, read_plan
 from .winners import as_matrix, merge_taps
 
 
-def measure_reference(
-    weights: Sequence[Tensor], plan: Sequence[int], shape: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
+def measure_reference(weights: Sequence[Tensor], plan: str) -> tuple[Tensor, Tensor, Tensor]:
     """The l1 norms, the linf norms and their winners: see ``library.MEASURE`` for the contract of every backend."""
     layers = [measure_layer(weight, layer) for weight, layer in zip(weights, read_plan(plan), strict=True)]
     dtype = result_dtype(weights)
     l1, linf, winners = (torch.stack(column) for column in zip(*layers, strict=True))
-    return l1.to(dtype).reshape(shape), linf.to(dtype).reshape(shape), winners.reshape(*shape, 2, 2)
+    return l1.to(dtype), linf.to(dtype), winners
 
 
 def result_dtype(weights: Sequence[Tensor]) -> torch.dtype:

@@ -38,23 +38,23 @@ class Released(Batch):
     def __init__(self, uses: Sequence[Use], members: Sequence[int], linf: bool, momentum: float) -> None:
         super().__init__(uses, members, linf, momentum=0)  # no terms
         self.momentum = momentum
-        self._layers = [(layer, layer.numbers) for layer in read_plan(self.plan)]
+        self._layers = [(layer, layer.text) for layer in read_plan(self.plan)]
         self._averages = [torch.zeros_like(weight, requires_grad=False) for weight in self.weights]
 
     @torch.no_grad()
     def step(self, scale: float | Tensor, measured: bool = False) -> None:
         state, which = self.state, int(self.linf)
-        values = library.read(self.weights, self.plan, [len(self.weights)])
+        values = library.read(self.weights, self.plan)
         state.norms.copy_(values[which])
         state.winners.copy_(values[2][:, which])
         state.clock.add_(1)
-        for i, (weight, (layer, numbers)) in enumerate(zip(self.weights, self._layers, strict=True)):
+        for i, (weight, (layer, text)) in enumerate(zip(self.weights, self._layers, strict=True)):
             column, winner = not self.linf, state.winners[i]
             index = slice_index(weight, layer, winner[:1], column)
             average = as_matrix(self._averages[i].mul_(self.momentum), layer)
             signs = as_matrix(weight, layer)[index].sign().to(average.dtype)
             if not layer.sees_all(column):
-                signs = torch.where(window_counts(winner, numbers, column) > 0, signs, average[index])
+                signs = torch.where(window_counts(winner, text, column) > 0, signs, average[index])
             average[index] = signs
             if weight.grad is not None and weight.requires_grad:
                 weight.grad.add_(self._averages[i] * (self.rates[i] * scale).to(weight.dtype))

@@ -214,8 +214,8 @@ class Sharded(Batch):
         best = torch.full((len(members), 3), -1.0, dtype=torch.float64, device=self.place.device)
         held = [n for n, i in enumerate(members) if weights[i].numel()]
         if held:
-            plan = [number for n in held for number in self._parts[members[n]].own_layer.numbers]
-            values = library.read([weights[members[n]] for n in held], plan, [len(held)])
+            plan = "".join(self._parts[members[n]].own_layer.text for n in held)
+            values = library.read([weights[members[n]] for n in held], plan)
             for k, n in enumerate(held):
                 best[n, 0] = values[int(self.linf)][k]
                 best[n, 1:] = values[2][k, int(self.linf)]
@@ -228,7 +228,7 @@ class Sharded(Batch):
 
     def _compare(self) -> None:
         """Ranks that saw different layers, or sizes of them, would wait for each other or add up what is not alike."""
-        named = repr([(i, use.name, plan_of(use).numbers) for i, use in zip(self.members, self.uses, strict=True)])
+        named = repr([(i, use.name, plan_of(use).text) for i, use in zip(self.members, self.uses, strict=True)])
         digest = int.from_bytes(sha256(named.encode()).digest()[:7], "little")
         own = torch.tensor([digest], device=self.place.device)
         if bool((self._gather(own) != own).any()):

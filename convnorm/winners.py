@@ -57,7 +57,7 @@ def slice_norm(part: Tensor, layer: LayerPlan, winner: Tensor, column: bool) -> 
     kernel = merge_taps(part, layer.axes)
     if layer.sees_all(column):
         return kernel.abs().sum()
-    counts = torch.ops.convnorm.window_counts(winner, layer.numbers, column).to(kernel.dtype)
+    counts = torch.ops.convnorm.window_counts(winner, layer.text, column).to(kernel.dtype)
     return torch.where(counts > 0, kernel.abs() * counts, 0).sum()
 
 
@@ -67,7 +67,7 @@ def slice_subgradient(part: Tensor, layer: LayerPlan, winner: Tensor, column: bo
     """
     signs = merge_taps(part, layer.axes).sign().nan_to_num(0)
     if not layer.sees_all(column):
-        signs = signs * window_counts(winner, layer.numbers, column).to(signs.dtype)
+        signs = signs * window_counts(winner, layer.text, column).to(signs.dtype)
     for dim, axis in enumerate(layer.axes, signs.dim() - len(layer.axes)):
         if axis.merged:
             taps = signs.new_zeros(*signs.shape[:dim], axis.taps, *signs.shape[dim + 1 :])
@@ -78,13 +78,13 @@ def slice_subgradient(part: Tensor, layer: LayerPlan, winner: Tensor, column: bo
     return signs
 
 
-def window_counts(winner: Tensor, plan: Sequence[int], column: bool) -> Tensor:
+def window_counts(winner: Tensor, plan: str, column: bool) -> Tensor:
     """counts[*merged taps] of the window that won. An operator, so that its tables stay on the device between calls."""
-    return _window_table(tuple(plan), column, winner.device).index_select(0, winner[1:]).squeeze(0)
+    return _window_table(plan, column, winner.device).index_select(0, winner[1:]).squeeze(0)
 
 
 @lru_cache(maxsize=1024)
-def _window_table(plan: tuple[int, ...], column: bool, device: torch.device) -> Tensor:
+def _window_table(plan: str, column: bool, device: torch.device) -> Tensor:
     """counts[windows, *merged taps]: the products of the windows of the axes."""
     (layer,) = read_plan(plan)
     table = torch.ones(1, dtype=torch.float32)  # whatever the default: library.py promises it to compilers

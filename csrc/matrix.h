@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <array>
 #include <utility>
 #include <vector>
 
@@ -44,19 +45,21 @@ inline Matrix as_matrix(const Tensor& weight, const LayerPlan& plan) {
   matrix.row_stride = strides[0];
   matrix.column_stride = strides[1];
   matrix.group_stride = matrix.rows * matrix.row_stride;
-  matrix.tap_offsets = {0};
-  std::vector<std::pair<int64_t, int64_t>> steps{{strides[1], sizes[1]}};
+  matrix.taps = 1;
+  std::array<std::pair<int64_t, int64_t>, kMostAxes + 1> steps{{{strides[1], sizes[1]}}};
   for (size_t i = 0; i < axes; ++i) {
     STD_TORCH_CHECK(sizes[i + 2] == plan.kernel[i], "convnorm: the plan is of another weight");
-    std::vector<int64_t> grown;
-    grown.reserve(matrix.tap_offsets.size() * plan.kernel[i]);
-    for (int64_t offset : matrix.tap_offsets)
-      for (int64_t tap = 0; tap < plan.kernel[i]; ++tap) grown.push_back(offset + tap * strides[i + 2]);
-    matrix.tap_offsets = std::move(grown);
-    steps.emplace_back(strides[i + 2], sizes[i + 2]);
+    matrix.taps *= sizes[i + 2];
+    steps[i + 1] = {strides[i + 2], sizes[i + 2]};
   }
-  matrix.taps = static_cast<int64_t>(matrix.tap_offsets.size());
-  std::sort(steps.begin(), steps.end());
+  matrix.tap_offsets.reserve(matrix.taps);
+  matrix.tap_offsets.push_back(0);
+  for (size_t i = axes; i-- > 0;) {  // the last axis is the fastest
+    const size_t faster = matrix.tap_offsets.size();
+    for (int64_t tap = 1; tap < sizes[i + 2]; ++tap)
+      for (size_t t = 0; t < faster; ++t) matrix.tap_offsets.push_back(matrix.tap_offsets[t] + tap * strides[i + 2]);
+  }
+  std::sort(steps.begin(), steps.begin() + axes + 1);
   int64_t reach = 1;
   matrix.dense_rows = true;
   for (const auto& [stride, size] : steps)
@@ -90,18 +93,18 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, 
   return Tensor(handle);
 }
 
-inline Result new_result(const std::vector<Tensor>& weights, const Plan& plan, const std::vector<int64_t>& shape) {
-  int64_t count = 1;
-  for (int64_t size : shape) count *= size;
-  STD_TORCH_CHECK(!weights.empty() && plan.size() == weights.size() && count == static_cast<int64_t>(weights.size()),
-                  "convnorm: the plan or the shape is of other weights");
+inline int32_t sums_dtype(const std::vector<Tensor>& weights) {
   bool wide = false;
   for (const Tensor& weight : weights) wide |= weight.scalar_type() == ScalarType::Double;
-  const int32_t dtype = wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-  std::vector<int64_t> winners(shape);
-  winners.insert(winners.end(), {2, 2});
-  return {new_tensor(weights[0], shape, dtype), new_tensor(weights[0], shape, dtype),
-          new_tensor(weights[0], winners, aoti_torch_dtype_int64())};
+  return wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+}
+
+inline Result new_result(const std::vector<Tensor>& weights, const Plan& plan) {
+  STD_TORCH_CHECK(!weights.empty() && plan.size() == weights.size(), "convnorm: the plan is of other weights");
+  const int32_t dtype = sums_dtype(weights);
+  const auto layers = static_cast<int64_t>(weights.size());
+  return {new_tensor(weights[0], {layers}, dtype), new_tensor(weights[0], {layers}, dtype),
+          new_tensor(weights[0], {layers, 2, 2}, aoti_torch_dtype_int64())};
 }
 
 }  // namespace convnorm

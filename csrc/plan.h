@@ -1,18 +1,21 @@
-// A layer's windows, read from the list of integers that convnorm/plan.py writes. The theory behind them stands in
+// A layer's windows, read from the integers that convnorm/plan.py writes. The theory behind them stands in
 // convnorm/geometry.py; here the axes are only multiplied out into what a kernel sums over.
 #pragma once
 
+#include <charconv>
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <numeric>
-#include <set>
 #include <stdexcept>
+#include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
 namespace convnorm {
+
+constexpr int64_t kMostAxes = 3;
 
 using Lists = std::vector<std::vector<int32_t>>;
 
@@ -23,7 +26,9 @@ struct LayerPlan {
   Lists merged;                 // the taps of each merged tap that some window counts
   Lists inputs;                 // windows: the merged taps (indices into `merged`), each as often as it counts
   Lists outputs;
-  bool merges;  // some merged tap is more than one tap
+  bool merges;                              // some merged tap is more than one tap
+  std::vector<int32_t> taps;                // those that count
+  std::vector<int64_t> members, member_of;  // merged tap a has taps[members[i]] for i from member_of[a] to [a + 1]
 
   // Every output reads every tap once: a row's absolute sum needs no telling taps apart.
   bool outputs_read_all() const {
@@ -36,13 +41,27 @@ struct LayerPlan {
 // Reads one layer after another. Numbers that name what does not exist are refused, so that no kernel leaves a table.
 class PlanReader {
  public:
-  explicit PlanReader(const std::vector<int64_t>& numbers) : numbers_(numbers) {}
+  explicit PlanReader(const std::string& text) {
+    const char* at = text.data();
+    for (const char* end = at + text.size(); at != end;) {
+      if (*at == ' ' || *at == '\n') {
+        ++at;
+        continue;
+      }
+      const auto [rest, error] = std::from_chars(at, end, numbers_.emplace_back());
+      if (error != std::errc()) throw std::runtime_error("convnorm: plan is no list of integers");
+      at = rest;
+    }
+  }
 
   bool done() const { return at_ == numbers_.size(); }
 
   LayerPlan layer() {
-    LayerPlan plan{next(), next() != 0, {}, {{0}}, {{0}}, {{0}}, false};
-    const int64_t axes = below(4, next());
+    LayerPlan plan{};
+    plan.groups = next();
+    plan.transposed = next() != 0;
+    plan.merged = plan.inputs = plan.outputs = {{0}};
+    const int64_t axes = below(kMostAxes + 1, next());
     int64_t layer_taps = 1;
     for (int64_t i = 0; i < axes; ++i) {
       const int64_t taps = below(kMostTaps, next());
@@ -57,11 +76,7 @@ class PlanReader {
       plan.outputs = product(plan.outputs, windows(merged_taps), merged_taps);
     }
     drop_uncounted(plan);
-    std::set<int32_t> seen;
-    for (const auto& taps : plan.merged) {
-      if (taps.empty()) below(0, 0);
-      plan.merges |= taps.size() > 1 || !seen.insert(taps[0]).second;  // of taps that merge none each stands once
-    }
+    number_taps(plan, layer_taps);
     return plan;
   }
 
@@ -101,6 +116,22 @@ class PlanReader {
       }
     return all;
   }
+  static void number_taps(LayerPlan& plan, int64_t layer_taps) {
+    std::vector<int64_t> number(layer_taps, -1);
+    plan.member_of.push_back(0);
+    for (const auto& merged : plan.merged) {
+      if (merged.empty()) below(0, 0);
+      plan.merges |= merged.size() > 1 || number[merged[0]] >= 0;  // of taps that merge none each stands once
+      for (int32_t tap : merged) {
+        if (number[tap] < 0) {
+          number[tap] = static_cast<int64_t>(plan.taps.size());
+          plan.taps.push_back(tap);
+        }
+        plan.members.push_back(number[tap]);
+      }
+      plan.member_of.push_back(static_cast<int64_t>(plan.members.size()));
+    }
+  }
   static void drop_uncounted(LayerPlan& plan) {
     std::vector<int32_t> kept(plan.merged.size(), -1);
     for (const Lists* side : {&plan.inputs, &plan.outputs})
@@ -118,7 +149,7 @@ class PlanReader {
         for (int32_t& a : window) a = kept[a];
   }
 
-  const std::vector<int64_t>& numbers_;
+  std::vector<int64_t> numbers_;
   size_t at_ = 0;
 };
 
@@ -126,16 +157,16 @@ using Plan = std::vector<LayerPlan>;
 
 // The layers of a plan. Networks are measured again and again: what was read stays, for as many plans as a process
 // could have use for.
-inline std::shared_ptr<const Plan> read_plan(const std::vector<int64_t>& numbers) {
+inline std::shared_ptr<const Plan> read_plan(const std::string& text) {
   static std::mutex mutex;
-  static std::map<std::vector<int64_t>, std::shared_ptr<const Plan>> known;
+  static std::unordered_map<std::string, std::shared_ptr<const Plan>> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = known.find(numbers);
+  const auto found = known.find(text);
   if (found != known.end()) return found->second;
   auto plan = std::make_shared<Plan>();
-  for (PlanReader reader(numbers); !reader.done();) plan->push_back(reader.layer());
+  for (PlanReader reader(text); !reader.done();) plan->push_back(reader.layer());
   if (known.size() >= 1024) known.clear();
-  return known.emplace(numbers, std::move(plan)).first->second;
+  return known.emplace(text, std::move(plan)).first->second;
 }
 
 }  // namespace convnorm

@@ -31,8 +31,8 @@ class Case:
         return list(self.stride), list(self.padding), list(self.in_shape)
 
     @property
-    def plan(self) -> list[int]:
-        return list(layer_plan(self.geometry).numbers)
+    def plan(self) -> str:
+        return layer_plan(self.geometry).text
 
     @property
     def geometry(self) -> Geometry:

@@ -63,7 +63,7 @@ def emulated(tmp_path_factory):
     torch.ops.load_library(library)
 
     def measure(weights, plan, cut=H200):
-        return torch.ops.convnorm_emulated.measure(weights, plan, [len(weights)], cut)
+        return torch.ops.convnorm_emulated.measure(weights, plan, cut)
 
     return measure
 
@@ -111,17 +111,17 @@ def to_gpu(weight):
 
 
 def on_gpu(weights, plan):
-    return tuple(result.cpu() for result in torch.ops.convnorm.measure_native(weights, plan, [len(weights)]))
+    return tuple(result.cpu() for result in torch.ops.convnorm.measure_native(weights, plan))
 
 
 def network(layers):
-    return [i for case in layers for i in case.plan]
+    return "".join(case.plan for case in layers)
 
 
 def assert_same(got, weights, plan, message=""):
     """The reference's values but for rounding, and winners that attain them."""
     layers = read_plan(plan)
-    expected = reference([weight.double() for weight in weights], plan, [len(weights)])
+    expected = reference([weight.double() for weight in weights], plan)
     for ord, (values, norms) in enumerate(zip(got[:2], expected[:2], strict=True)):
         for weight, layer, value, norm, winner in zip(weights, layers, values, norms, got[2][:, ord], strict=True):
             rtol = 1e-12 if weight.dtype == value.dtype == torch.float64 else 2e-6
@@ -139,7 +139,7 @@ def assert_same(got, weights, plan, message=""):
 
 def assert_equal(got, weights, plan, message=""):
     """For weights whose sums need no rounding: then equal sums are equal, and the first of them wins everywhere."""
-    for result, want in zip(got, reference(weights, plan, [len(weights)]), strict=True):
+    for result, want in zip(got, reference(weights, plan), strict=True):
         assert torch.equal(result, want), f"{result}, not {want}. {message}"
 
 
@@ -287,7 +287,7 @@ def test_nan_and_inf_count_where_their_tap_counts(measure, seed, layout, value):
         weight = cases.random_values(rng, case.weight_shape, torch.float32, "integers")
         weight[tuple(int(rng.integers(size)) for size in weight.shape)] = value
         weight = cases.lay_out(weight, layout)
-        got, want = measure([weight], case.plan), reference([weight], case.plan, [1])
+        got, want = measure([weight], case.plan), reference([weight], case.plan)
         for result, expected in zip(got, want, strict=True):
             assert torch.equal(result.nan_to_num(-1), expected.nan_to_num(-1)), cases.replay(seed, number, case)
 
@@ -301,7 +301,7 @@ def test_graphs_capture_the_kernels(dtype):
     on_gpu(weights, network(layers))  # loads the kernels
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = torch.ops.convnorm.measure_native(weights, network(layers), [len(weights)])
+        results = torch.ops.convnorm.measure_native(weights, network(layers))
     for _ in range(3):
         for weight in weights:
             weight.copy_(torch.randint(-9, 9, weight.shape))
@@ -309,7 +309,7 @@ def test_graphs_capture_the_kernels(dtype):
         on_cpu = [weight.cpu() for weight in weights]
         assert_same([result.cpu() for result in results], on_cpu, network(layers))
         for layer, winner in enumerate(results[2].cpu()):
-            assert torch.equal(winner, reference([on_cpu[layer]], layers[layer].plan, [])[2])
+            assert torch.equal(winner, reference([on_cpu[layer]], layers[layer].plan)[2][0])
 
 
 @needs_gpu
@@ -329,9 +329,9 @@ def test_streams_and_devices_are_those_of_pytorch():
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10_000_000)
         weight.fill_(1)
-        assert torch.ops.convnorm.measure_native([weight], case.plan, [])[0].item() == 9 * 512
+        assert torch.ops.convnorm.measure_native([weight], case.plan)[0].item() == 9 * 512
     if torch.cuda.device_count() > 1:
-        assert torch.ops.convnorm.measure_native([weight.to("cuda:1")], case.plan, [])[0].item() == 9 * 512
+        assert torch.ops.convnorm.measure_native([weight.to("cuda:1")], case.plan)[0].item() == 9 * 512
         assert torch.cuda.current_device() == 0
 
 

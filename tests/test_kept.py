@@ -25,7 +25,7 @@ def test_all_that_is_cached_on_a_device_is_kept(monkeypatch):
     devices = []
     for module in (winners, triton_measure, triton_schedule, triton_decay_schedule):
         monkeypatch.setattr(module, "kept", lambda device, make: devices.append(device) or make())
-    plan, strides = tuple(CASE.plan), (9, 3, 1)
+    plan, strides = CASE.plan, (9, 3, 1)
     winners._window_table.__wrapped__(plan, True, CPU)
     triton_measure._addresses.__wrapped__(CPU, (16,))
     layout = triton_schedule.Layout(torch.float32, CASE.weight_shape, strides, True)

@@ -1,5 +1,6 @@
 """The promise: norm decay of compiled models, and norm decay compiled, is norm decay: the same bits, compiled once."""
 
+import sys
 import warnings
 
 import pytest
@@ -72,6 +73,17 @@ def test_a_compiled_step_is_one_graph_compiled_once(variant, backend):
     assert_same(*models, **BIT_FOR_BIT)
     assert steps_of(decays[0]) == steps_of(decays[1]) == STEPS
     torch.testing.assert_close(decays[0].norms, decays[1].norms, **BIT_FOR_BIT)
+
+
+def test_a_step_compiles_where_no_backend_has_served_yet(monkeypatch):
+    monkeypatch.setattr(sys.modules["convnorm.backends"], "_serving", {})
+    models = network(), network()
+    for model in models:
+        decay = decayed(model)
+        loss(model, 0).backward()
+        (decay.step if model is models[0] else torch.compile(decay.step, fullgraph=True, backend="aot_eager"))()
+    for parameter, expected in zip(models[1].parameters(), models[0].parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad, **BIT_FOR_BIT)
 
 
 @pytest.mark.parametrize("how", ["stepped", "attached", "scheduled"])

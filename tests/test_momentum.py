@@ -41,7 +41,7 @@ def subgradient(case, weight, ord):
 
 def walk(layers, weights, linf, momentum, steps, rng, absent=()):
     """Some steps of changing weights, compared with ``Dense``; returns the state."""
-    plan = [number for case in layers for number in case.plan]
+    plan = "".join(case.plan for case in layers)
     state = no_momentum(weights, plan, linf, momentum)
     rates = torch.tensor(rng.uniform(0.1, 1, len(layers)), dtype=torch.float64)
     dense = Dense(layers, [weight.cpu() for weight in weights], linf, momentum)
@@ -74,8 +74,8 @@ def test_all_layers_of_the_table_as_one_network(linf, momentum, device):
     layers = list(TABLE.values())
     weights = [random_weight(rng, case.weight_shape, torch.float32, "normal", "contiguous", device) for case in layers]
     state = walk(layers, weights, linf, momentum, 3 if interpreted else 40, rng, absent=(3, 7))
-    plan = [number for case in layers for number in case.plan]
-    norms = library.read(weights, plan, [len(layers)])[int(linf)]
+    plan = "".join(case.plan for case in layers)
+    norms = library.read(weights, plan)[int(linf)]
     library.decay(weights, [w.new_empty(0) for w in weights], state, state.norms.double(), momentum, plan, linf)
     torch.testing.assert_close(state.norms, norms, rtol=0, atol=0)
 
@@ -143,7 +143,7 @@ def test_same_bits_for_any_number_of_threads():
         weights = [torch.randn(128, 128, 3, 3), torch.randn(300, 200), torch.randn(64, 1, 5, 5)]
         layers = [Case((128, 128, 3, 3), padding=(1,), in_shape=(8, 8)), Case((300, 200))]
         layers.append(Case((64, 1, 5, 5), in_shape=(7, 7), options={"groups": 64}))
-        plan = [number for case in layers for number in case.plan]
+        plan = "".join(case.plan for case in layers)
         state = no_momentum(weights, plan, False, 0.5)
         grads = [torch.randn_like(weight) for weight in weights]
         for _ in range(3):
@@ -161,7 +161,7 @@ NATIVE = convnorm.backends()["cpu"]["native"] in ("serves", "available")
 def test_operator_is_sound():
     weights = [torch.randn(4, 3, 3, 3), torch.randn(2, 2)]
     layers = [TABLE["conv2d"], Case((2, 2))]
-    plan = [number for case in layers for number in case.plan]
+    plan = "".join(case.plan for case in layers)
     state: Momentum = no_momentum(weights, plan, False, 0.5)
     arguments = (weights, [w.clone() for w in weights], *state.tensors(), torch.ones(2, dtype=torch.float64))
     for name in (

@@ -32,9 +32,8 @@ def exact(*shape, dtype=torch.float32):
     return torch.randint(-9, 10, shape, device=DEVICE).to(dtype) / 8
 
 
-def measure(backend, weights, plan, shape=None):
-    shape = [len(weights)] if shape is None else shape
-    return getattr(torch.ops.convnorm, f"measure_{backend}")(weights, plan, shape)
+def measure(backend, weights, plan):
+    return getattr(torch.ops.convnorm, f"measure_{backend}")(weights, plan)
 
 
 def assert_same(weights, plan, **tolerance):
@@ -71,7 +70,7 @@ def plan_of(weight, stride, padding, in_shape, options):
     """The plan of one layer; a number stands for the same on every axis."""
     axes = weight.dim() - 2
     each = ((entry,) * axes if isinstance(entry, int) else tuple(entry) for entry in (stride, padding, in_shape))
-    return layer_plan(geometry(tuple(weight.shape), *each, **options)).numbers
+    return layer_plan(geometry(tuple(weight.shape), *each, **options)).text
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -135,7 +134,7 @@ def test_triton_equals_reference_on_random_networks(seed):
     choose = random.Random(seed)
     torch.manual_seed(seed)
     layers = [random_layer(choose) for _ in range(choose.randint(1, 6))]
-    weights, plan = [weight for weight, _ in layers], [i for _, plan in layers for i in plan]
+    weights, plan = [weight for weight, _ in layers], "".join(plan for _, plan in layers)
     assert_same(weights, plan)
     noisy = [weight + 0.01 * torch.randn_like(weight) for weight in weights]
     assert_same(noisy, plan, rtol=1e-5, atol=1e-6)
@@ -220,7 +219,7 @@ def launches(monkeypatch):
 def network(layers=LAYERS):
     """The weights of all layers, and their plan."""
     weights = [exact(*shape) for _, shape, *_ in layers]
-    plan = [i for weight, (_, _, *layer) in zip(weights, layers, strict=True) for i in plan_of(weight, *layer)]
+    plan = "".join(plan_of(weight, *layer) for weight, (_, _, *layer) in zip(weights, layers, strict=True))
     return weights, plan
 
 
@@ -253,7 +252,7 @@ def test_triton_tables_are_small(shape, groups, share):
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
 def test_triton_is_captured_in_a_graph():
     weights = [exact(130, 40, 3, 3), exact(40, 1, 3, 3)]
-    plan = [*plan_of(weights[0], 1, 1, 8, {}), *plan_of(weights[1], 1, 1, 8, {"groups": 40})]
+    plan = plan_of(weights[0], 1, 1, 8, {}) + plan_of(weights[1], 1, 1, 8, {"groups": 40})
     measure("triton", weights, plan)  # compiles, and puts the records on the device
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -304,7 +303,7 @@ def random_decay(number):
     torch.manual_seed(number)
     cases = [random_case(rng) for _ in range(rng.integers(1, 3))]
     weights = [any_weight(rng, case, DTYPES[rng.choice(4, p=[0.4, 0.3, 0.15, 0.15])]) for case in cases]
-    plan, linf = [i for case in cases for i in case.plan], bool(rng.integers(2))
+    plan, linf = "".join(case.plan for case in cases), bool(rng.integers(2))
     momentum, terms = [(0.0, 1), (0.5, 3), (0.5, 24), (0.9, 12), (0.9, 40)][rng.choice(5, p=[0.2, 0.3, 0.2, 0.2, 0.1])]
     state = no_momentum(weights, plan, linf, 0.0)
     state.signs = state.signs.repeat(terms, 1).to(torch.int32 if rng.random() < 0.3 else state.signs.dtype)
@@ -383,7 +382,7 @@ def test_triton_decays_slices_of_many_blocks_and_terms(linf):
         plan_of(weights[1], 2, 1, 9, {"groups": 3}),
         plan_of(weights[2], (), (), (), {}),
     ]
-    plan = [i for plan in plans for i in plan]
+    plan = "".join(plans)
     state = started(weights, plan, linf, 37)
     state.channels[:5] = 19  # the oldest, past the first 32 terms
     rates = torch.tensor([0.5, 2, -1], dtype=torch.float64, device=DEVICE)

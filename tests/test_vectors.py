@@ -20,7 +20,7 @@ for i in range(400):
     weight = torch.from_numpy(rng.standard_normal(case.weight_shape)).to(dtype)
     if i % 3 == 0 and weight.dim() == 4:
         weight = weight.to(memory_format=torch.channels_last)
-    l1, linf, winners = torch.ops.convnorm.measure_native([weight], case.plan, [])
+    l1, linf, winners = torch.ops.convnorm.measure_native([weight], case.plan)
     print(l1.item().hex(), linf.item().hex(), winners.tolist())
 """
 

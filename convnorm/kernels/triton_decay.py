@@ -35,7 +35,7 @@ def decay_triton(
     clock: Tensor,
     rates: Tensor,
     momentum: float,
-    plan: Sequence[int],
+    plan: str,
     linf: bool,
     measured: bool,
 ) -> None:
@@ -44,7 +44,7 @@ def decay_triton(
     _check_devices([norms, winners, signs, channels, clock, rates, *weights, *(g for g in grads if g.numel())])
     values, found = norms, winners
     if not measured:
-        *both, found = measure_triton(weights, plan, [len(weights)])
+        *both, found = measure_triton(weights, plan)
         values, found = both[linf], found[:, int(linf)]
 
     from triton import language  # late: convnorm works without Triton
@@ -53,7 +53,7 @@ def decay_triton(
 
     device, (terms, length) = weights[0].device, signs.shape
     hidden = [hidden_address(grad) for grad in grads]
-    schedules = decay_schedules(device, tuple(plan), _pairs(weights, grads, hidden), linf)
+    schedules = decay_schedules(device, plan, _pairs(weights, grads, hidden), linf)
     addresses = addresses_of(weights)
     keep_while_captured(schedules, addresses)
     for schedule in schedules:

@@ -74,9 +74,7 @@ class DecaySchedule(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def decay_schedules(
-    device: torch.device, plan: Numbers, pairs: tuple[Pair, ...], linf: bool
-) -> tuple[DecaySchedule, ...]:
+def decay_schedules(device: torch.device, plan: str, pairs: tuple[Pair, ...], linf: bool) -> tuple[DecaySchedule, ...]:
     """In the order in which they are to be launched."""
     launches: dict[tuple, list[Slices]] = {}
     begin = 0

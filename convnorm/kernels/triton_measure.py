@@ -28,9 +28,7 @@ from ..reference import result_dtype
 from .triton_schedule import CHANNELS, ROWS, SEGMENT, TERMS, WIDE, Layout, schedules
 
 
-def measure_triton(
-    weights: Sequence[Tensor], plan: Sequence[int], shape: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
+def measure_triton(weights: Sequence[Tensor], plan: str) -> tuple[Tensor, Tensor, Tensor]:
     """The l1 norms, the linf norms and their winners: see ``library.MEASURE`` for the contract of every backend."""
     from triton import language  # late: convnorm works without Triton
 
@@ -39,10 +37,10 @@ def measure_triton(
     device = weights[0].device
     layouts = tuple(Layout(w.dtype, w.shape, w.stride(), w.data_ptr() % 16 == 0) for w in weights)
     addresses = addresses_of(weights)
-    l1 = torch.empty(shape, dtype=result_dtype(weights), device=device)
+    l1 = torch.empty(len(weights), dtype=result_dtype(weights), device=device)
     linf = torch.empty_like(l1)
-    winners = torch.empty(*shape, 2, 2, dtype=torch.int64, device=device)
-    for schedule in schedules(device, tuple(plan), layouts):
+    winners = torch.empty(len(weights), 2, 2, dtype=torch.int64, device=device)
+    for schedule in schedules(device, plan, layouts):
         keep_while_captured(schedule, addresses)
         wide = schedule.dtype == torch.float64
         tables = torch.empty(schedule.table_size, dtype=torch.float64 if wide else torch.float32, device=device)

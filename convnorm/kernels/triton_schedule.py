@@ -97,7 +97,7 @@ class Schedule(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def schedules(device: torch.device, plan: tuple[int, ...], layouts: tuple[Layout, ...]) -> tuple[Schedule, ...]:
+def schedules(device: torch.device, plan: str, layouts: tuple[Layout, ...]) -> tuple[Schedule, ...]:
     layers = read_plan(plan)
     schedules = []
     for dtype in dict.fromkeys(layout.dtype for layout in layouts):

@@ -12,6 +12,7 @@
 #include <memory>
 #include <new>
 #include <tuple>
+#include <type_traits>
 
 #include "../matrix.h"
 #include "accumulate.h"
@@ -60,8 +61,7 @@ struct Layer {
   bool depthwise;                // a 1x1 matrix for each group: taken as one row, whose columns are the groups
   bool sums_columns, sums_rows;  // what is not asked for is left out where that saves time
   int64_t segments, period;
-  std::vector<int64_t> taps;               // the offsets of those taps that count
-  std::vector<int64_t> merged, merged_of;  // see GeneralBlock
+  std::vector<int64_t> taps;  // the offsets of those taps that count
   int64_t rows_per_block, blocks_per_group, groups_per_item;
   Best best_column, best_row;
 
@@ -102,25 +102,6 @@ Number number_of(ScalarType type) {
   }
 }
 
-// Lists the taps that count, and what of them is merged.
-void number_taps(Layer& layer) {
-  std::vector<int64_t> number(layer.matrix.tap_offsets.size(), -1);
-  layer.taps.reserve(number.size());
-  layer.merged_of.reserve(number.size());
-  layer.merged.reserve(layer.plan->merged.size() + 1);
-  layer.merged.push_back(0);
-  for (const auto& merged : layer.plan->merged) {
-    for (int32_t tap : merged) {
-      if (number[tap] < 0) {
-        number[tap] = static_cast<int64_t>(layer.taps.size());
-        layer.taps.push_back(layer.matrix.tap_offsets[tap]);
-      }
-      layer.merged_of.push_back(number[tap]);
-    }
-    layer.merged.push_back(static_cast<int64_t>(layer.merged_of.size()));
-  }
-}
-
 // As many blocks as a power of two, where that is enough rows each: so many threads end together.
 int64_t rows_per_block(const Matrix& matrix) {
   const int64_t most = std::clamp(kBlockElements / std::max<int64_t>(matrix.row_length(), 1), kLeastRows, kMostRows);
@@ -150,7 +131,8 @@ Layer make_layer(const Tensor& weight, const LayerPlan& plan, Norms norms) {
   const bool both = !layer.dense || layer.period > 1 || norms == Norms::kBoth;
   layer.sums_columns = both || (norms == Norms::kL1) != plan.transposed;
   layer.sums_rows = both || !layer.sums_columns;
-  number_taps(layer);
+  layer.taps.reserve(plan.taps.size());
+  for (int32_t tap : plan.taps) layer.taps.push_back(matrix.tap_offsets[tap]);
   layer.rows_per_block = rows_per_block(matrix);
   layer.blocks_per_group = (matrix.rows + layer.rows_per_block - 1) / layer.rows_per_block;
   layer.groups_per_item = std::max<int64_t>(1, kBlockElements / (matrix.rows * matrix.row_length()));
@@ -163,10 +145,11 @@ Best best_column(const Layer& layer, const Lists& windows, const Sum* table, int
   const int64_t step = layer.column_step(), columns = layer.matrix.columns;
   const int64_t lists = static_cast<int64_t>(windows.size());
   Best best;
-  std::vector<double> sums(16 * lists);
+  thread_local Table<double> memory;
+  double* sums = memory.of_length(16 * lists);
   for (int64_t c = 0; c < columns; c += 16) {
     const int64_t lanes = std::min<int64_t>(16, columns - c);
-    std::fill(sums.begin(), sums.end(), 0);
+    std::fill_n(sums, 16 * lists, 0.0);
     for (int64_t w = 0; w < lists; ++w)
       for (int32_t a : windows[w]) {
         const Sum* from = table + c * step + layer.tap_step(a);
@@ -217,7 +200,7 @@ void accumulate(const Layer& layer, int64_t group, int64_t row, int64_t rows, vo
   else
     all.general[number][layer.wide]({data, rows, matrix.row_stride, matrix.columns, matrix.column_stride,
                                      static_cast<int64_t>(layer.taps.size()), layer.merged_taps(), layer.taps.data(),
-                                     layer.merged.data(), layer.merged_of.data(), table, row_sums});
+                                     layer.plan->member_of.data(), layer.plan->members.data(), table, row_sums});
 }
 
 template <class Sum>
@@ -326,28 +309,37 @@ std::vector<LayerNorms> measure(const std::vector<Tensor>& weights, const Plan& 
 
 namespace {
 
-template <class Value>
-void write(const Result& result, const std::vector<LayerNorms>& measured) {
-  auto* l1 = static_cast<Value*>(result.l1.mutable_data_ptr());
-  auto* linf = static_cast<Value*>(result.linf.mutable_data_ptr());
-  auto* winners = static_cast<int64_t*>(result.winners.mutable_data_ptr());
-  for (const LayerNorms& norms : measured) {
-    *l1++ = static_cast<Value>(norms.l1.value);
-    *linf++ = static_cast<Value>(norms.linf.value);
-    for (int64_t place : {norms.l1.channel, norms.l1.window, norms.linf.channel, norms.linf.window}) *winners++ = place;
-  }
+void write(const std::vector<LayerNorms>& measured, Tensor& l1, Tensor& linf) {
+  const auto fill = [&](auto* l1s, auto* linfs) {
+    for (const LayerNorms& norms : measured) {
+      *l1s++ = static_cast<std::remove_reference_t<decltype(*l1s)>>(norms.l1.value);
+      *linfs++ = static_cast<std::remove_reference_t<decltype(*linfs)>>(norms.linf.value);
+    }
+  };
+  if (l1.scalar_type() == ScalarType::Double)
+    fill(static_cast<double*>(l1.mutable_data_ptr()), static_cast<double*>(linf.mutable_data_ptr()));
+  else
+    fill(static_cast<float*>(l1.mutable_data_ptr()), static_cast<float*>(linf.mutable_data_ptr()));
 }
 
-std::tuple<Tensor, Tensor, Tensor> measure_cpu(std::vector<Tensor> weights, std::vector<int64_t> numbers,
-                                               std::vector<int64_t> shape) {
-  const auto plan = read_plan(numbers);
-  const Result result = new_result(weights, *plan, shape);
+std::tuple<Tensor, Tensor, Tensor> measure_cpu(std::vector<Tensor> weights, std::string text) {
+  const auto plan = read_plan(text);
+  Result result = new_result(weights, *plan);
   const auto measured = measure(weights, *plan, Norms::kBoth);
-  if (result.l1.scalar_type() == ScalarType::Double)
-    write<double>(result, measured);
-  else
-    write<float>(result, measured);
+  write(measured, result.l1, result.linf);
+  auto* winners = static_cast<int64_t*>(result.winners.mutable_data_ptr());
+  for (const LayerNorms& norms : measured)
+    for (int64_t place : {norms.l1.channel, norms.l1.window, norms.linf.channel, norms.linf.window}) *winners++ = place;
   return {result.l1, result.linf, result.winners};
+}
+
+std::tuple<Tensor, Tensor> norms_cpu(Tensor weight, std::string text) {
+  const auto plan = read_plan(text);
+  STD_TORCH_CHECK(plan->size() == 1, "convnorm: the plan is of other weights");
+  const int32_t dtype = sums_dtype({weight});
+  Tensor l1 = new_tensor(weight, {}, dtype), linf = new_tensor(weight, {}, dtype);
+  write(measure({weight}, *plan, Norms::kBoth), l1, linf);
+  return {l1, linf};
 }
 
 }  // namespace
@@ -355,4 +347,5 @@ std::tuple<Tensor, Tensor, Tensor> measure_cpu(std::vector<Tensor> weights, std:
 
 STABLE_TORCH_LIBRARY_IMPL(convnorm, CPU, m) {
   m.impl("measure_native", TORCH_BOX(&convnorm::measure_cpu));
+  m.impl("norms_native", TORCH_BOX(&convnorm::norms_cpu));
 }

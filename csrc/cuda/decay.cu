@@ -6,7 +6,7 @@ namespace convnorm::cuda {
 namespace {
 
 void decay_cuda(std::vector<Tensor> weights, std::vector<Tensor> grads, Tensor norms, Tensor winners, Tensor signs,
-                Tensor channels, Tensor clock, Tensor rates, double momentum, std::vector<int64_t> plan, bool linf,
+                Tensor channels, Tensor clock, Tensor rates, double momentum, std::string plan, bool linf,
                 bool measured) {
   const Step step{norms, winners, signs, channels, clock, rates, momentum, linf, measured};
   std::vector<Tensor> all{norms, winners, signs, channels, clock, rates};

@@ -239,7 +239,7 @@ void launch_terms(const TermBatch& batch, const Step& step, const Result* result
 
 // Plain PyTorch, for what is too much for the kernels.
 inline void decay_reference(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, const Step& step,
-                            const std::vector<int64_t>& plan) {
+                            const std::string& plan) {
   namespace stable = torch::stable::detail;
   std::array<StableIValue, 12> stack{stable::from(weights),      stable::from(grads),      stable::from(step.norms),
                                      stable::from(step.winners), stable::from(step.signs), stable::from(step.channels),
@@ -251,19 +251,19 @@ inline void decay_reference(const std::vector<Tensor>& weights, const std::vecto
 // measure(weights, plan, result) is measure_batches(), on the device.
 template <class Measure, class Device>
 void decay(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, const Step& step,
-           const std::vector<int64_t>& numbers, const TermCut& cut, const Measure& measure, const Device& device) {
-  const auto plan = read_plan(numbers);
+           const std::string& text, const TermCut& cut, const Measure& measure, const Device& device) {
+  const auto plan = read_plan(text);
   STD_TORCH_CHECK(!weights.empty() && plan->size() == weights.size() && grads.size() == weights.size(),
                   "convnorm: the plan or the gradients are of other weights");
   const auto layers = static_cast<int64_t>(weights.size());
   int64_t length = 0;
   const auto batches = term_batches(weights, grads, *plan, step.linf, length);
-  if (!batches || step.signs.size(0) > kMostTerms) return decay_reference(weights, grads, step, numbers);
+  if (!batches || step.signs.size(0) > kMostTerms) return decay_reference(weights, grads, step, text);
   check_state(step, layers, length);
   std::optional<Result> result;
   if (!step.measured) {
-    result = new_result(weights, *plan, {layers});
-    if (!measure(weights, *plan, *result)) return decay_reference(weights, grads, step, numbers);
+    result = new_result(weights, *plan);
+    if (!measure(weights, *plan, *result)) return decay_reference(weights, grads, step, text);
   }
   for (const TermBatch& batch : *batches) {
     const bool first = &batch == &batches->front(), last = &batch == &batches->back();

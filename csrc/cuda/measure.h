@@ -20,10 +20,9 @@ inline Measured as_tuple(const Result& result) {
 }
 
 // Plain PyTorch, for layers with so many windows that they do not fit into the argument of a kernel.
-inline Measured measure_reference(const std::vector<Tensor>& weights, const std::vector<int64_t>& plan,
-                                  const std::vector<int64_t>& shape) {
+inline Measured measure_reference(const std::vector<Tensor>& weights, const std::string& plan) {
   namespace stable = torch::stable::detail;
-  std::array<StableIValue, 3> stack{stable::from(weights), stable::from(plan), stable::from(shape)};
+  std::array<StableIValue, 3> stack{stable::from(weights), stable::from(plan)};  // two arguments, three results
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("convnorm::measure_reference", "", stack.data(), TORCH_ABI_VERSION));
   return {stable::to<Tensor>(stack[0]), stable::to<Tensor>(stack[1]), stable::to<Tensor>(stack[2])};
 }
@@ -96,12 +95,10 @@ bool measure_batches(const std::vector<Tensor>& weights, const Plan& plan, const
 }
 
 template <class Device>
-Measured measure(const std::vector<Tensor>& weights, const std::vector<int64_t>& numbers,
-                 const std::vector<int64_t>& shape, const Cut& cut, const Device& device) {
-  const auto plan = read_plan(numbers);
-  const Result result = new_result(weights, *plan, shape);
-  return measure_batches(weights, *plan, result, cut, device) ? as_tuple(result)
-                                                              : measure_reference(weights, numbers, shape);
+Measured measure(const std::vector<Tensor>& weights, const std::string& text, const Cut& cut, const Device& device) {
+  const auto plan = read_plan(text);
+  const Result result = new_result(weights, *plan);
+  return measure_batches(weights, *plan, result, cut, device) ? as_tuple(result) : measure_reference(weights, text);
 }
 
 }  // namespace convnorm::cuda

@@ -1,7 +1,7 @@
 // measure_native and decay_native as a GPU does them, with the kernels run by the emulator: for the tests of machines
 // that have no GPU.
 //
-//     convnorm_emulated::measure(Tensor[] weights, int[] plan, int[] shape, int[] cut) -> (l1, linf, winners)
+//     convnorm_emulated::measure(Tensor[] weights, str plan, int[] cut) -> (l1, linf, winners)
 //     convnorm_emulated::decay(... as decay_native, int[] cut, int[] term_cut) -> ()
 //     convnorm_emulated::work() -> int[]    launches, and bytes of scratch memory, since it was last asked
 //
@@ -86,14 +86,13 @@ class EmulatedDevice {
   std::vector<Result> results_;
 };
 
-Measured measure_emulated(std::vector<Tensor> weights, std::vector<int64_t> plan, std::vector<int64_t> shape,
-                          std::vector<int64_t> cut) {
+Measured measure_emulated(std::vector<Tensor> weights, std::string plan, std::vector<int64_t> cut) {
   const EmulatedDevice device;
-  return measure(weights, plan, shape, Cut{cut.at(0), cut.at(1)}, device);
+  return measure(weights, plan, Cut{cut.at(0), cut.at(1)}, device);
 }
 
 void decay_emulated(std::vector<Tensor> weights, std::vector<Tensor> grads, Tensor norms, Tensor winners, Tensor signs,
-                    Tensor channels, Tensor clock, Tensor rates, double momentum, std::vector<int64_t> plan, bool linf,
+                    Tensor channels, Tensor clock, Tensor rates, double momentum, std::string plan, bool linf,
                     bool measured, std::vector<int64_t> cut, std::vector<int64_t> term_cut) {
   EmulatedDevice device;
   const Step step{norms, winners, signs, channels, clock, rates, momentum, linf, measured};
@@ -112,10 +111,10 @@ std::vector<int64_t> work_emulated() {
 }  // namespace convnorm::cuda
 
 STABLE_TORCH_LIBRARY(convnorm_emulated, m) {
-  m.def("measure(Tensor[] weights, int[] plan, int[] shape, int[] cut) -> (Tensor l1, Tensor linf, Tensor winners)");
+  m.def("measure(Tensor[] weights, str plan, int[] cut) -> (Tensor l1, Tensor linf, Tensor winners)");
   m.def(
       "decay(Tensor[] weights, Tensor(a!)[] grads, Tensor(b!) norms, Tensor(c!) winners, Tensor(d!) signs, "
-      "Tensor(e!) channels, Tensor(f!) clock, Tensor rates, float momentum, int[] plan, bool linf, bool measured, "
+      "Tensor(e!) channels, Tensor(f!) clock, Tensor rates, float momentum, str plan, bool linf, bool measured, "
       "int[] cut, int[] term_cut) -> ()");
   m.def("work() -> int[]");
 }
