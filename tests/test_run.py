@@ -363,6 +363,28 @@ def test_compiled_steps_learn_the_same(data, monkeypatch):
     assert training.under_attack is not training.network
 
 
+def test_every_cell_of_a_process_is_compiled(data, monkeypatch):
+    compile, calls = torch.compile, 0
+
+    def counted(graph, inputs):
+        def call(*arguments):
+            nonlocal calls
+            calls += 1
+            return graph(*arguments)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", lambda module, mode: compile(module, backend=counted))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    monkeypatch.setitem(loop.PAPER, "vgg11", Plain)
+    how = dataclasses.replace(PROTOCOL, compiled=True)
+    in_an_attack = {"pgd-at": how.train_steps, "alp": how.train_steps, "trades": 1 + how.train_steps}
+    for method in METHODS:
+        calls = 0
+        loop.Training(CELLS[method], how, data, CPU).one_epoch(lambda news: None)
+        assert calls == 4 * (1 + in_an_attack.get(method, 0)), method
+
+
 # Checkpoints
 
 

@@ -63,6 +63,7 @@ class Training:
         if ranks.world() > 1:
             self.objective = DistributedDataParallel(self.objective, broadcast_buffers=False)
         if protocol.compiled:
+            torch.compiler.reset()  # PyTorch stops compiling after a few kinds of cell in one process
             mode = "reduce-overhead" if device.type == "cuda" else "default"  # CUDA graphs
             self.objective, self.under_attack = (
                 torch.compile(module, mode=mode) for module in (self.objective, self.under_attack)
