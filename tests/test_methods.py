@@ -324,6 +324,24 @@ def test_the_attack_is_on_the_network_in_evaluation_mode(network, batch, method)
     assert all(each.grad is None and each.requires_grad for each in network.parameters())
 
 
+def test_the_attack_keeps_nothing_that_a_cuda_graph_writes_over(network, batch):
+    class Replayed(nn.Sequential):
+        """As a network compiled with CUDA graphs: every call returns in the same memory."""
+
+        def forward(self, x):
+            logits = super().forward(x)
+            memory = self.memory = getattr(self, "memory", torch.empty_like(logits))
+            memory.data.copy_(logits)
+            return logits if logits.requires_grad else memory
+
+    cell, x = Cell("vgg11", "trades", BETA), batch[0]
+    expected, found = (
+        methods.attacked(each, x, batch[1], cell, PROTOCOL, torch.Generator().manual_seed(5))
+        for each in (network, Replayed(network))
+    )
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("method", ["plain", "weight-decay", "clip", "l1-decay", "linf-decay"])
 def test_table_2_attacks_no_training_images(network, batch, method):
     draws = torch.Generator().manual_seed(5)

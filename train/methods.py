@@ -81,7 +81,7 @@ def attacked(
     network.eval()
     if cell.method == "trades":
         with torch.no_grad():
-            clean = network(x)
+            clean = network(x).clone()  # compiled, its next call may write over what this one returns
         loss: Callable[[Tensor], Tensor] = partial(divergence, of=clean)
     else:
         loss = partial(F.cross_entropy, target=labels)
