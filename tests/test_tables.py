@@ -397,11 +397,23 @@ def test_what_weakens_a_run_is_said():
         "Preset smoke: networks of 0.125",
         "16 of 68 cells are missing",
         "One seed.",
-        "apgd-ce only",
+        "apgd-ce with 10 iterations only",
         "Synthetic",
     ):
         assert words in weak
     assert Report.of(made_up("table2", preset="full", seeds=2), "table2").caveats() == []
+
+
+def test_what_a_run_says_of_itself_is_of_its_protocol_and_not_of_its_presets_name():
+    def caveats(**changes):
+        return " ".join(Report.of(made_up("table2", **changes), "table2").caveats())
+
+    size = {"width": 1.0, "epochs": 120, "training_images": 50_000}
+    assert "Preset paper: networks of 0.5 times the width, trained for 120 epochs" in caveats(preset="paper", width=0.5)
+    assert "the paper's size" not in caveats(**size)
+    attacked = "apgd-ce, apgd-t, fab-t, square with 10 iterations only"
+    assert attacked in caveats(attacks=cell.STANDARD)
+    assert "Attacked by" not in caveats(attacks=cell.STANDARD, attack_iterations=100)
 
 
 def test_the_papers_table():

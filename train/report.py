@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from . import cifar, synthetic
-from .cell import STANDARD, STRENGTHS, Cell, Protocol
+from .cell import PUBLISHED, STANDARD, STRENGTHS, Cell, Protocol
 from .rows import Row, check_same
 from .statistics import wilson
 
@@ -117,10 +117,12 @@ class Report:
     def caveats(self) -> list[str]:
         """What stands between this run and any conclusion from it."""
         protocol, found = self.protocol, []
-        if any(row["protocol"]["preset"] == "smoke" for row in self._all.values()):
+        published = PUBLISHED[protocol.experiment]
+        if any(getattr(protocol, name) != getattr(published, name) for name in ("width", "epochs", "training_images")):
             found.append(
-                f"Preset smoke: networks of {protocol.width:g} times the width, trained for {protocol.epochs} epochs "
-                f"on {protocol.training_images:,} images. What holds for them need not hold at the paper's size."
+                f"Preset {protocol.preset}: networks of {protocol.width:g} times the width, trained for "
+                f"{protocol.epochs} epochs on {protocol.training_images:,} images. What holds for them need not hold "
+                "at the paper's size."
             )
         if self.missing:
             found.append(
@@ -134,10 +136,10 @@ class Report:
                 "One seed. Intervals and tests over test images are about these trained networks: they do not say what "
                 "another training would give. Seeds would."
             )
-        if set(protocol.attacks) != set(STANDARD):
-            found.append(
-                f"Attacked by {', '.join(protocol.attacks)} only: standard AutoAttack could only find less robustness."
-            )
+        few = protocol.attack_iterations < published.attack_iterations
+        if few or set(protocol.attacks) != set(STANDARD):
+            attacked = ", ".join(protocol.attacks) + f" with {protocol.attack_iterations} iterations" * few
+            found.append(f"Attacked by {attacked} only: standard AutoAttack could only find less robustness.")
         if protocol.dataset == "synthetic":
             found.append("Synthetic images: nothing here is about natural ones.")
         return found
