@@ -461,6 +461,16 @@ def test_of_several_seeds_those_that_diverged_are_counted():
     assert report.written("vgg11", "clip", 0.5, "clean") == expected
 
 
+def test_a_cell_that_no_table_shows_makes_no_second_seed():
+    rows = made_up("table2")
+    written = Report.of(rows, "table2").written("vgg11", "plain", None, "clean")
+    beyond = {**rows[1], "cell": {**rows[1]["cell"], "strength": 0.5, "seed": 1}}
+    report = Report.of([*rows, beyond], "table2")
+    assert "±" in written
+    assert report.written("vgg11", "plain", None, "clean") == written
+    assert any(caveat.startswith("One seed.") for caveat in report.caveats())
+
+
 # The pages
 
 

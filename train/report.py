@@ -75,7 +75,8 @@ class Report:
 
     @property
     def several_seeds(self) -> bool:
-        return len({cell.seed for cell in self._all}) > 1
+        settings = self.settings  # folders may hold cells beyond these, which no table shows
+        return len({cell.seed for cell in self._all if (cell.method, cell.strength) in settings}) > 1
 
     def at_chance(self, row: Row) -> bool:
         """Whether its clean accuracy may be that of guessing."""
