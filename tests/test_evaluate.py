@@ -160,6 +160,11 @@ def test_the_command_asks_for_what_it_is_given(asked, tmp_path):
     assert asked("--attacks", "released", "--iterations", "3")["iterations"] == 3
 
 
+def test_pgd_takes_no_iterations(asked):
+    with pytest.raises(ValueError, match="--iterations is of AutoAttack, and --attacks pgd always takes 20"):
+        asked("--attacks", "pgd", "--iterations", "7")
+
+
 @pytest.mark.parametrize("text", ["0", "8/0", "-1/255", "255/8", "large", "nan"])
 def test_what_is_no_eps_is_named(text):
     with pytest.raises(argparse.ArgumentTypeError, match=f"eps '{text}' must be a number such as 8/255"):

@@ -65,6 +65,8 @@ def main(options: argparse.Namespace) -> int:
     _, _, protocol = network(options.checkpoint)
     out = options.out or options.checkpoint.with_suffix(".evaluation")
     named = options.attacks is not None
+    if options.attacks == "pgd" and options.iterations is not None:
+        raise ValueError(f"--iterations is of AutoAttack, and --attacks pgd always takes {STEPS}")
     iterations = given(options.iterations, 100 if named else protocol.attack_iterations)
     evaluate(
         options.checkpoint,
