@@ -314,6 +314,17 @@ def test_batch_norms_fold_into_the_norm():
     assert found.lower <= truth <= found.upper
 
 
+@pytest.mark.parametrize(("size", "factor"), [(1.0, 1.0), (1e30, 1e30), (1e-30, 1e-30), (1e30, 1e-30)])
+def test_weights_are_scaled_without_rounding(size, factor):
+    """The product of two float32 numbers is none in general, and may be beyond all of them."""
+    weight, scale = torch.tensor([[0.1, 0.7, 0.3]]) * size, torch.tensor([0.37]) * factor
+    truth = torch.linalg.vector_norm(weight.double() * scale.double()).item()
+    found = convnorm.l2(weight, scale=scale, rtol=1e-9)
+    assert_brackets(found, truth, 1, found)
+    assert found.ratio <= 1 + 1e-9
+    assert math.isclose(singular_values(weight, scale=scale).item(), truth, rel_tol=1e-14)
+
+
 def test_the_search_leaves_random_numbers_alone():
     conv = nn.Conv2d(3, 4, 3, padding=1)
     torch.manual_seed(3)
@@ -611,6 +622,7 @@ BAD = {
     "failure": (lambda: convnorm.l2(torch.ones(2, 2), failure=1.0), "failure 1.0 must be a probability"),
     "nan": (lambda: convnorm.l2(torch.full((2, 2), math.nan)), "weight holds NaN or inf"),
     "inf": (lambda: singular_values(torch.full((2, 2), math.inf)), "weight holds NaN or inf"),
+    "scale": (lambda: convnorm.l2(torch.ones(2, 2), scale=torch.tensor([1, math.nan])), "scale holds NaN or inf"),
     "meta": (lambda: convnorm.l2(torch.ones(2, 2, device="meta")), "on device meta has no values"),
     "small input": (lambda: convnorm.l2(torch.ones(2, 2, 3), [2]), "smaller than the kernel"),
     "steps": (lambda: lanczos(torch.ones(2, 2), steps=0), "steps 0 must be at least 1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,10 +11,14 @@ from torch import Tensor, nn
 from ..geometry import GeometryError
 from ..layers import Layer, as_layer
 from ..library import DTYPES
+from ..norms import scaled
 
 
-def admitted(layer: nn.Module | Tensor | Layer, in_shape: Sequence[int], options: dict[str, Any]) -> Layer:
-    """A layer whose weights are all there and finite.
+def admitted(
+    layer: nn.Module | Tensor | Layer, in_shape: Sequence[int], options: dict[str, Any], scale: Tensor | None = None
+) -> Layer:
+    """A layer whose weights are all there and finite, and so they are times ``scale``: in float64, where the product
+    of two float32 numbers is exact.
 
     >>> import torch
     >>> admitted(torch.tensor([[1.0, torch.nan]]), (), {})
@@ -30,7 +35,12 @@ def admitted(layer: nn.Module | Tensor | Layer, in_shape: Sequence[int], options
         raise GeometryError("convnorm: weight on device meta has no values to measure")
     if not one.weight.isfinite().all():
         raise GeometryError("convnorm: weight holds NaN or inf, which has no l2 norm")
-    return one
+    if scale is None:
+        return one
+    product = scaled(replace(one, weight=one.weight.double()), scale)
+    if not product.weight.isfinite().all():
+        raise GeometryError("convnorm: scale holds NaN or inf, or makes it of the weight, which has no l2 norm")
+    return product
 
 
 def admitted_start(start: Tensor | None, layer: Layer) -> Tensor | None:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..geometry import GeometryError
 from ..layers import Layer
-from ..norms import scaled
 from .admit import admitted, admitted_start
 from .bounds import frobenius, sqrt_l1_linf
 from .circle import Circle, circle_of, half_grid, power_of_two, with_read_taps
@@ -84,8 +83,7 @@ def l2(
         raise GeometryError(f"convnorm: rtol {rtol} must be at least 1e-9, what float64 can tell")
     if failure is not None and not 0 < failure < 1:
         raise GeometryError(f"convnorm: failure {failure} must be a probability between 0 and 1")
-    one = admitted(layer, in_shape, options)
-    one = with_read_taps(one if scale is None else admitted(scaled(one, scale), (), {}))
+    one = with_read_taps(admitted(layer, in_shape, options, scale))
     search = Search(one, rtol, admitted_start(start, one))
     proof = prove(search)
     if failure is not None and not search.closed(proof.upper):

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ..geometry import GeometryError, fold
 from ..layers import Layer
-from ..norms import scaled
 from ..winners import as_matrix
 from .admit import admitted
 from .circle import circle_of, symbol, with_read_taps
@@ -138,8 +137,7 @@ def singular_values(
     >>> singular_values(torch.tensor([[[1.0, 0.0, -1.0]]]), [6], padding=1)
     tensor([1.8019, 1.8019, 1.2470, 1.2470, 0.4450, 0.4450], dtype=torch.float64)
     """
-    one = admitted(layer, in_shape, options)
-    one = with_read_taps(one if scale is None else admitted(scaled(one, scale), (), {}))
+    one = with_read_taps(admitted(layer, in_shape, options, scale))
     circle = circle_of(one)
     if circle.whole:
         points = [torch.arange(n, dtype=torch.float64) * (2 * math.pi / n) for n in circle.points]
