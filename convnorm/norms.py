@@ -41,7 +41,7 @@ class Norms:
         for i in range(len(self._layer.in_shape)):
             counts = torch.tensor(self._layer.geometry.entries(i), dtype=entries.dtype, device=entries.device)
             entries = entries.movedim(3, -1) * counts.sqrt()
-        return torch.linalg.vector_norm(entries).to(self.l1.dtype)
+        return _length(entries).to(self.l1.dtype)
 
     @property
     def frobenius_bound(self) -> Tensor:
@@ -52,13 +52,18 @@ class Norms:
         if any(axis.merged for axis in self._layer.plan.axes):
             return self.frobenius
         outputs = self._layer.in_shape if self._layer.transposed else self._layer.geometry.out_shape
-        return math.sqrt(math.prod(outputs)) * torch.linalg.vector_norm(self._layer.weight, dtype=torch.float64).to(
-            self.l1.dtype
-        )
+        return math.sqrt(math.prod(outputs)) * _length(self._layer.weight.double()).to(self.l1.dtype)
 
     def __repr__(self) -> str:
         names = ("l1", "linf", "l2_bound", "frobenius", "frobenius_bound")
         return f"Norms({', '.join(f'{name}={getattr(self, name).item():.6g}' for name in names)})"
+
+
+def _length(entries: Tensor) -> Tensor:
+    """The root of the sum of the squares, which may themselves be no numbers of float64."""
+    largest = entries.detach().abs().amax()
+    largest = largest.where((largest > 0) & largest.isfinite(), 1)
+    return torch.linalg.vector_norm(entries / largest) * largest
 
 
 def norms(

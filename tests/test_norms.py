@@ -96,9 +96,9 @@ def test_frobenius_norm_counts_every_place_of_a_long_axis(device, seed, numbers)
             assert close(found, matrix.norm(), weight), replay(seed, number, long)
 
 
-def test_bounds_hold_where_squares_leave_float32(device):
-    for size in (1e-30, 1e30):
-        weight = torch.full((2, 3, 3), size, device=device)
+def test_bounds_hold_where_squares_leave_the_numbers(device):
+    for size, dtype in ((1e-30, torch.float32), (1e30, torch.float32), (1e-300, torch.float64), (1e300, torch.float64)):
+        weight = torch.full((2, 3, 3), size, dtype=dtype, device=device)
         found = norms(weight, [4], padding=1)
         assert found.frobenius.item() == pytest.approx(size * math.sqrt(2 * 3 * 10))
         assert found.frobenius_bound.item() == pytest.approx(size * math.sqrt(2 * 3 * 12))
