@@ -280,6 +280,21 @@ def test_the_gradient_is_that_of_the_norm(name):
     torch.testing.assert_close(weight.grad, again.grad, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["linear", "stride_2", "reflect", "transposed_grouped"])
+def test_the_gradient_is_there_in_forward_mode(name):
+    """Where no weight says that it takes part."""
+    case = TABLE[name]
+    generator = torch.Generator().manual_seed(0)
+    weight, along = (torch.randn(case.weight_shape, dtype=torch.float64, generator=generator) for _ in range(2))
+
+    def lower(weight):
+        return convnorm.l2(weight, case.in_shape, **options(case)).lower
+
+    _, tangent = torch.func.jvp(lower, (weight,), (along,))
+    torch.testing.assert_close(tangent, (torch.func.grad(lower)(weight) * along).sum())
+    assert tangent != 0
+
+
 def test_searches_on_smaller_inputs_are_layers_too():
     """Half of these inputs would leave a transposed layer without an output."""
     weight = torch.randn(2, 3, 1, generator=torch.Generator().manual_seed(0))

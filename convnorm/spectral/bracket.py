@@ -22,7 +22,7 @@ from .lanczos import search
 from .modes import MODES, modes_upper
 from .on_circle import circle_upper
 from .outward import upward
-from .rayleigh import attained, downward, rounding_error, unit
+from .rayleigh import attained, rounding_error, unit
 
 EIGENVECTORS = 55.0  # what those of a matrix cost, in factorisations of a real one of the size
 MOST_WORK = 1e12  # that modes may cost, in cubes of sizes that are factorised
@@ -89,13 +89,11 @@ def l2(
     if failure is not None and not search.closed(proof.upper):
         probable = prove_probably(search, failure)
         proof = probable if probable.upper < proof.upper else replace(proof, limit=probable.limit)
-    below, above = torch.tensor([search.lower, proof.upper], dtype=torch.float64, device=one.weight.device)
-    lower = attained(one, search.right) if one.weight.requires_grad else downward(below, search.size)
-    upper = upward(above, search.size)
+    upper = upward(torch.tensor(proof.upper, dtype=torch.float64, device=one.weight.device), search.size)
     stopped = "" if search.closed(proof.upper) else proof.limit
     if upper.isinf():
         stopped = "float64, which has no number as large"
-    return Bracket(lower, upper, proof.certificate, stopped, search.right)
+    return Bracket(attained(one, search.right), upper, proof.certificate, stopped, search.right)
 
 
 class Search:
