@@ -702,6 +702,26 @@ def test_every_method_runs_where_the_weight_is(name, device):
     assert true_norm(within, case) <= truth / 2 * (1 + ROUNDING)
 
 
+@pytest.mark.parametrize("largest", [0, bracket.LARGEST])
+@pytest.mark.parametrize("name", ["linear", "stride_2", "circular", "reflect", "transposed_grouped", "conv3d"])
+def test_the_default_device_changes_nothing(monkeypatch, name, largest):
+    """A notebook's is often a GPU; that of tensors without values stands for any."""
+    monkeypatch.setattr(bracket, "LARGEST", largest)
+    case = TABLE[name]
+    weight = torch.randn(case.weight_shape, generator=torch.Generator().manual_seed(2))
+
+    def found():
+        torch.manual_seed(0)
+        arguments = {"in_shape": case.in_shape, **options(case)}
+        both = convnorm.l2(weight, rtol=1e-4, failure=1e-12, **arguments)
+        clipped = convnorm.project(weight, ord=2, bound=1.0, method="clip", **arguments)
+        return both.lower, both.upper, singular_values(weight, **arguments), circle_norm(weight, **arguments), clipped
+
+    expected = found()
+    with torch.device("meta"):
+        assert all(map(torch.equal, found(), expected))
+
+
 def test_what_a_layer_of_zeros_attains_is_an_input_to_start_from():
     conv = nn.Conv2d(4, 2, 1)
     nn.init.zeros_(conv.weight)

@@ -191,7 +191,7 @@ def sharpen(search: Search, circle: Circle, upper: Tensor) -> Proof:
         circles = [replace(circle, kernel=circle.kernel[group : group + 1]) for group in doubtful.tolist()]
         bounds = zip(circles, upper[doubtful].tolist(), strict=True)
         most = [count for count in MODES if size > LARGEST or count < size / 2]
-        uppers = torch.tensor([modes_upper(one, search.level, bound, most) for one, bound in bounds], dtype=upper.dtype)
+        uppers = upper.new_tensor([modes_upper(one, search.level, bound, most) for one, bound in bounds])
         limit = f"{MODES[-1]} modes of the circle, which are too few, and {limit}"
         found = proof(uppers, "modes of the circle", limit)
     return found if search.closed(found.upper) or size > LARGEST else by_matrix()
@@ -200,7 +200,7 @@ def sharpen(search: Search, circle: Circle, upper: Tensor) -> Proof:
 def prove_probably(search: Search, failure: float) -> Proof:
     """By Lanczos from random starts, until the bracket closes."""
     device = search.layer.weight.device
-    seeds = torch.randint(2**62, (STARTS,)).tolist()
+    seeds = torch.randint(2**62, (STARTS,), device="cpu").tolist()
     processes = [Lanczos(search.layer, generator=torch.Generator(device).manual_seed(seed)) for seed in seeds]
     rounding = float(rounding_error(search.layer))
     while True:

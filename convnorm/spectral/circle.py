@@ -151,13 +151,13 @@ def _zero_padded(n: int, m: int, taps: int, stride: int, dilation: int, before: 
     place = np.zeros(points * stride, bool)
     place[(np.arange(n) + start) % (points * stride)] = True
     inputs = torch.from_numpy(place.reshape(points, stride).T.copy())
-    kept = torch.arange(points) < outputs
+    kept = torch.from_numpy(np.arange(points) < outputs)
     return Arc(points, stride, 1 if stride > 1 else dilation, inputs, kept, factor)
 
 
 def _circular(n: int, m: int, stride: int, dilation: int) -> Arc:
     points = n // stride
-    inputs, outputs = torch.ones(stride, points, dtype=torch.bool), torch.arange(points) < m
+    inputs, outputs = torch.from_numpy(np.ones((stride, points), bool)), torch.from_numpy(np.arange(points) < m)
     return Arc(points, stride, 1 if stride > 1 else dilation, inputs, outputs, math.sqrt(max(1, -(-m // points))))
 
 
@@ -179,7 +179,7 @@ def half_grid(points: Sequence[int]) -> Tensor:
     [0.0, 0.25, 0.5]
     """
     if not points:
-        return torch.zeros(1, 0, dtype=torch.float64)
+        return torch.zeros(1, 0, dtype=torch.float64, device="cpu")
     place = np.indices(points).reshape(len(points), -1)
     negative = np.ravel_multi_index(tuple(-place % np.array(points)[:, None]), tuple(points))
     half = place[:, negative >= np.arange(place.shape[1])]
@@ -199,7 +199,8 @@ def waves(frequencies: Tensor, taps: Sequence[Tensor]) -> Tensor:
 def symbol(circle: Circle, frequencies: Tensor) -> Tensor:
     """K(f)[groups, F, rows, columns] at frequencies[F, axes]."""
     kernel = circle.kernel
-    places = [torch.arange(taps) * arc.spacing for taps, arc in zip(kernel.shape[3:], circle.arcs, strict=True)]
+    sizes = zip(kernel.shape[3:], circle.arcs, strict=True)
+    places = [torch.arange(taps, device=kernel.device) * arc.spacing for taps, arc in sizes]
     wave = waves(frequencies.to(kernel.device), places).reshape(len(frequencies), -1)
     groups, rows, columns = kernel.shape[:3]
     return torch.einsum("ft,grct->gfrc", wave, kernel.reshape(groups, rows, columns, -1).to(wave.dtype))

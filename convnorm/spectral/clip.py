@@ -149,10 +149,11 @@ class Use:
         # of one tap, all frequencies of an axis are the same
         points = [1 if k == 1 else arc.points for k, arc in zip(taps, arcs, strict=True)]
         grid = half_grid(points)
-        self._phases = grid * torch.tensor([float(arc.spacing) for arc in arcs], dtype=torch.float64)
-        itself = ((grid / math.pi).round() * math.pi - grid).abs().amax(1) < 1e-9 if points else torch.ones(1).bool()
-        self._share = (torch.where(itself, 1.0, 2.0).double() / math.prod(points)).to(number.device)
-        self._wave = waves(self._phases, [torch.arange(k) for k in taps]).reshape(len(grid), -1).to(number.device)
+        self._phases = grid * torch.tensor([float(arc.spacing) for arc in arcs], dtype=torch.float64, device="cpu")
+        off = ((grid / math.pi).round() * math.pi - grid).abs()
+        self._share = (torch.where((off < 1e-9).all(1), 1.0, 2.0).double() / math.prod(points)).to(number.device)
+        places = [torch.arange(k, device="cpu") for k in taps]
+        self._wave = waves(self._phases, places).reshape(len(grid), -1).to(number.device)
 
     def square(self, frequencies: Tensor) -> float:
         """|A|^2, at some frequencies: 1 at all of them, or how many taps meet on a point of the circle."""

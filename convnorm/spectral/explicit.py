@@ -17,7 +17,7 @@ from ..geometry import GeometryError, fold
 from ..layers import Layer
 from ..winners import as_matrix
 from .admit import admitted
-from .circle import circle_of, symbol, with_read_taps
+from .circle import circle_of, half_grid, symbol, with_read_taps
 from .definite import is_below, largest_eigenvalue, unit_roundoff
 
 LARGEST = 8192  # rows or columns, the fewer of them, of a matrix that is decomposed
@@ -44,7 +44,7 @@ def explicit_uppers(layer: Layer, level: float) -> Tensor:
     """
     size = min(matrix_sizes(layer))
     uppers = []
-    for part in torch.arange(layer.groups).split(max(1, CHUNK // (8 * size**2))):
+    for part in torch.arange(layer.groups, device="cpu").split(max(1, CHUNK // (8 * size**2))):
         own = groups_of(layer, part)
         gram, error = gram_matrices(own), gram_error(own)
         squares = torch.full((own.groups,), level**2, dtype=gram.dtype, device=gram.device)
@@ -140,8 +140,8 @@ def singular_values(
     one = with_read_taps(admitted(layer, in_shape, options, scale))
     circle = circle_of(one)
     if circle.whole:
-        points = [torch.arange(n, dtype=torch.float64) * (2 * math.pi / n) for n in circle.points]
-        grid = torch.cartesian_prod(*points).view(-1, len(points)) if points else torch.zeros(1, 0)
+        points = [torch.from_numpy(np.arange(n) * (2 * math.pi / n)) for n in circle.points]
+        grid = torch.cartesian_prod(*points).view(-1, len(points)) if points else half_grid(())
         values = torch.linalg.svdvals(symbol(circle, grid)).flatten().sort(descending=True).values
         unread = min(map(math.prod, zip((one.groups, one.groups), matrix_sizes(one), strict=True))) - len(values)
         values = F.pad(values, (0, unread))  # zeros of what the layer has beyond its circle, or the circle beyond it
@@ -150,7 +150,6 @@ def singular_values(
         if min(rows, columns) > LARGEST or rows * columns > LARGEST**2:
             raise GeometryError(f"convnorm: a matrix of {rows} x {columns} is too large to decompose")
         exact = replace(one, weight=one.weight.double() / circle.scale)
-        values = torch.cat(
-            [torch.linalg.svdvals(explicit_matrix(groups_of(exact, torch.tensor([g])))) for g in range(one.groups)]
-        )
+        each = torch.arange(one.groups, device="cpu").split(1)
+        values = torch.cat([torch.linalg.svdvals(explicit_matrix(groups_of(exact, group))) for group in each])
     return values.sort(descending=True).values * circle.scale

@@ -115,8 +115,8 @@ class Lanczos:
 
     def _ritz(self) -> tuple[Tensor, Tensor]:
         """All squares, and their vectors in coordinates of the basis."""
-        projected = torch.diag(torch.tensor(self._diagonal, dtype=torch.float64))
-        beside = torch.tensor(self._beside[:-1], dtype=torch.float64)
+        projected = torch.diag(torch.tensor(self._diagonal, dtype=torch.float64, device="cpu"))
+        beside = torch.tensor(self._beside[:-1], dtype=torch.float64, device="cpu")
         return torch.linalg.eigh(projected + torch.diag(beside, 1) + torch.diag(beside, -1))
 
     def right(self) -> Tensor:

@@ -124,7 +124,7 @@ def _kept(places: Tensor, steps: Tensor) -> Tensor:
 
 def largest_modes(circle: Circle, real: int) -> Modes:
     """As many modes of a circle of one group as make up ``real`` real ones, or all that stand above ``LEAST``."""
-    points = torch.tensor(circle.points)
+    points = torch.tensor(circle.points, device="cpu")
     frequencies = half_grid(circle.points)
     place = (frequencies * points / (2 * math.pi)).round().long()
     single = (2 * place % points == 0).all(1)

@@ -45,7 +45,7 @@ class GramSymbol:
         self._turns = sum(k - 1 for k in taps)  # at least those of a wave at any lag, where G is sampled
         self._more_turns = sum(arc.spacing * (k - 1) for arc, k in zip(circle.arcs, taps, strict=True))  # and elsewhere
         lags = list(product(*(range(1 - k, k) for k in taps)))
-        self._lags = torch.tensor(lags[len(lags) // 2 :], dtype=torch.float64)  # 0 first
+        self._lags = torch.tensor(lags[len(lags) // 2 :], dtype=torch.float64, device="cpu")  # 0 first
         self._even, self._odd = self._coefficients(kernel)
 
     def _coefficients(self, kernel: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,7 @@ class GramSymbol:
         """
         taps = kernel.shape[3:]
         points = half_grid([2 * k - 1 for k in taps])[1:]  # frequency 0, which comes first, is real
-        places = torch.tensor(list(product(*map(range, taps))), dtype=torch.float64)
+        places = torch.tensor(list(product(*map(range, taps))), dtype=torch.float64, device="cpu")
         read = (points @ places.T).to(kernel.device)
         spread = (points @ self._lags.T).to(kernel.device)
         waves = torch.stack([read.cos(), read.sin()], 1)  # [points, 2, taps]
@@ -106,7 +106,8 @@ class GramSymbol:
 
 def circle_phases(circle: Circle) -> Tensor:
     """phases[F, axes] of the circle's own frequencies."""
-    return half_grid(circle.points) * torch.tensor([float(arc.spacing) for arc in circle.arcs], dtype=torch.float64)
+    spacings = [float(arc.spacing) for arc in circle.arcs]
+    return half_grid(circle.points) * torch.tensor(spacings, dtype=torch.float64, device="cpu")
 
 
 def coarse_phases(circle: Circle, share: float) -> tuple[Tensor, float]:
@@ -125,7 +126,7 @@ def coarse_phases(circle: Circle, share: float) -> tuple[Tensor, float]:
         else:
             points.append(arc.points)
             spacings.append(float(arc.spacing))
-    return half_grid(points) * torch.tensor(spacings, dtype=torch.float64), factor
+    return half_grid(points) * torch.tensor(spacings, dtype=torch.float64, device="cpu"), factor
 
 
 def circle_upper(circle: Circle, level: float, rtol: float) -> Tensor:
@@ -143,7 +144,7 @@ def circle_upper(circle: Circle, level: float, rtol: float) -> Tensor:
         dtype = torch.complex128
         error = gram.rounding(dtype)
     above = torch.cat([~is_below(part, square, error) for _, part in gram.at(phases, dtype)], 1).cpu()
-    upper = torch.full((gram.groups,), square, dtype=torch.float64)
+    upper = torch.full((gram.groups,), square, dtype=torch.float64, device="cpu")
     doubtful = above.any(0)
     if not doubtful.any():
         return factor * upper.sqrt() * (1 + 4 * unit_roundoff(torch.float64))
