@@ -21,6 +21,7 @@ from convnorm.layers import as_layer
 from convnorm.spectral import (
     bracket,
     circle_norm,
+    explicit,
     frobenius,
     lanczos,
     on_circle,
@@ -208,8 +209,10 @@ def test_no_matrix_above_the_level_is_certified(dtype):
     assert certified > 0
 
 
+@pytest.mark.parametrize("pair", [0, math.inf])
 @pytest.mark.parametrize("name", TABLE)
-def test_gram_matrices_are_those_of_the_explicit_matrix(name):
+def test_gram_matrices_are_those_of_the_explicit_matrix(monkeypatch, name, pair):
+    monkeypatch.setattr(explicit, "PAIR", pair)
     case = TABLE[name]
     weight = torch.randn(case.weight_shape, dtype=torch.float64)
     layer = as_layer(weight, case.in_shape, **options(case))
@@ -220,6 +223,16 @@ def test_gram_matrices_are_those_of_the_explicit_matrix(name):
         assert len(gram) == min(matrix.shape)
         torch.testing.assert_close(torch.linalg.eigvalsh(gram)[-1].sqrt(), torch.linalg.matrix_norm(matrix, ord=2))
         torch.testing.assert_close(gram.square().sum(), (matrix @ matrix.T).square().sum())
+
+
+def test_kernels_of_many_taps_are_not_multiplied_tap_by_tap(monkeypatch):
+    """Of 1000 taps there are a million pairs."""
+    monkeypatch.setattr(explicit, "product", None)
+    weight = torch.randn(2, 2, 100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    truth = torch.linalg.matrix_norm(oracle.matrix(weight, 1, 50, [100]), ord=2).item()
+    found = convnorm.l2(weight, [100], padding=50, rtol=1e-5)
+    assert found.certificate == "explicit matrix"
+    assert_brackets(found, truth, 1, found)
 
 
 @pytest.mark.parametrize("name", ["conv2d", "stride_2", "conv1d_same", "dilated", "asymmetric", "conv3d", "transposed"])

@@ -22,6 +22,7 @@ from .definite import is_below, largest_eigenvalue, unit_roundoff
 
 LARGEST = 8192  # rows or columns, the fewer of them, of a matrix that is decomposed
 CHUNK = 1 << 28  # bytes of Gram matrices at a time
+PAIR = 2e6  # what adding up a product of two taps costs, in operations of a product of matrices
 
 
 def matrix_sizes(layer: Layer) -> tuple[int, int]:
@@ -68,7 +69,14 @@ def gram_matrices(layer: Layer) -> Tensor:
     """M^T M of each group, or M M^T where that is smaller, [groups, n, n] in float64, from products of taps:
 
     (M^T M)[x, x'] = sum over outputs, and their taps a and b that read x and x', of K_a^T K_b
+
+    or, where these are more work, from M itself.
     """
+    sizes = matrix_sizes(layer)
+    if PAIR * layer.weight[0, 0].numel() ** 2 > layer.groups * math.prod(sizes) * min(sizes):
+        each = torch.arange(layer.groups, device="cpu").split(1)
+        matrices = [explicit_matrix(groups_of(layer, group)).detach().double() for group in each]
+        return torch.stack([m.T @ m if sizes[1] <= sizes[0] else m @ m.T for m in matrices])
     kernel = as_matrix(layer.weight.detach(), layer.plan).double()
     kernel = kernel.reshape(*kernel.shape[:3], -1)  # [groups, rows, columns, taps]
     reads = tap_reads(layer)
@@ -120,9 +128,15 @@ def _equal(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def explicit_matrix(layer: Layer) -> Tensor:
     """[outputs, inputs] of a layer of one group, each a channel and its place flattened. Differentiable."""
-    _, inputs = matrix_sizes(layer)
-    basis = torch.eye(inputs, dtype=layer.weight.dtype, device=layer.weight.device)
-    return layer(basis.view(inputs, layer.in_channels, *layer.in_shape)).flatten(1).T
+    kernel = as_matrix(layer.weight, layer.plan)[0]
+    kernel = kernel.reshape(*kernel.shape[:2], -1).movedim(2, 0)  # [taps, rows, columns]
+    inputs = math.prod(layer.geometry.out_shape if layer.transposed else layer.in_shape)
+    reads = tap_reads(layer)
+    output, tap = (reads >= 0).nonzero()
+    place, tap = (torch.from_numpy(x).to(kernel.device) for x in (output * inputs + reads[output, tap], tap))
+    matrix = kernel.new_zeros(len(reads) * inputs, *kernel.shape[1:]).index_add(0, place, kernel[tap])
+    matrix = matrix.unflatten(0, (-1, inputs)).permute(2, 0, 3, 1).flatten(2).flatten(0, 1)
+    return matrix.T if layer.transposed else matrix
 
 
 def singular_values(
