@@ -291,16 +291,17 @@ class Held:
         self._bind()
 
     def _bind(self) -> None:
-        children = [(parent._modules, key) for parent in self._model.modules() for key in parent._modules]
+        # of the parents, not of their dictionaries: Sequential and ModuleList make new ones where a child is deleted
+        children = [(parent, key, child) for parent in self._model.modules() for key, child in parent._modules.items()]
         self._places = [
-            (own, key, own[key])
-            for own, key in children
-            if own[key] is not None and any(module in self._names for module in own[key].modules())
+            (parent, key, child)
+            for parent, key, child in children
+            if child is not None and any(module in self._names for module in child.modules())
         ]
 
     def warn_of_gone(self, what: str) -> None:
         """Once, of layers that the model does not hold any more."""
-        if all(own.get(key) is module for own, key, module in self._places):
+        if all(parent._modules.get(key) is module for parent, key, module in self._places):
             return
         present = set(self._model.modules())
         gone = [repr(self._names.pop(module)) for module in list(self._names) if module not in present]

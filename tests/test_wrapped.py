@@ -64,3 +64,17 @@ def test_layers_that_were_replaced_are_named_once(kind, tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             one.step()
+
+
+@pytest.mark.parametrize("kind", ["NormDecay", "Projection", "Recorder"])
+def test_a_layer_that_is_replaced_after_another_child_was_deleted_is_named(kind, tmp_path):
+    """Sequential makes a new dictionary of its children then."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    one = made(kind, model, tmp_path)
+    del model[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one.step()
+    model[0] = nn.Conv2d(3, 4, 3)
+    with pytest.warns(UserWarning, match=rf"does not hold layer '0' any more.*make another {kind}"):
+        one.step()
