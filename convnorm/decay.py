@@ -173,7 +173,7 @@ class NormDecay:
             plan = "".join(plan_of(self.uses[i]).text for i in members)
             weights = [current_weight(self.uses[i].module) for i in members]
             norms = library.norms_of(weights, plan, self.ord == math.inf)
-            terms.append((torch.tensor([rates[i] for i in members], device=device).to(norms.dtype) * norms).sum())
+            terms.append((torch.tensor([rates[i] for i in members], dtype=norms.dtype, device=device) * norms).sum())
         return sum(term.to(terms[0].device) for term in terms)
 
     @property

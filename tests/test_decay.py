@@ -134,6 +134,19 @@ def test_penalty_is_the_sum_of_the_norms_and_its_gradient_that_of_a_step():
         torch.testing.assert_close(weight.grad, gradient)
 
 
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
+def test_a_penalty_is_as_precise_as_its_norms(default):
+    model = network()
+    decay = convnorm.NormDecay(model, SHAPE, beta=0.7)
+    decay.step()
+    try:
+        torch.set_default_dtype(default)
+        penalty = decay.penalty()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(penalty, 0.7 / 8 * sum(decay.norms.values()), rtol=1e-14, atol=0)
+
+
 def test_beta_by_pattern_by_schedule_and_set():
     model = network()
     every = [use.name for use in observe(model, SHAPE)]
