@@ -170,7 +170,8 @@ def add_terms(
     coefficients = torch.where(channels >= 0, rate * (1 - momentum) * momentum ** ages.double(), 0)
     same = channels == channels[:, None]
     newest = (~(same & (ages < ages[:, None]))).all(1)  # of those of its channel
-    sums = (same * newest[:, None] * coefficients).to(dtype) @ ring.to(dtype)
+    with torch.autocast(ring.device.type, enabled=False):  # in which the product would be of half precision
+        sums = (same * newest[:, None] * coefficients).to(dtype) @ ring.to(dtype)
     matrix = as_matrix(grad, layer)
     index = slice_index(grad, layer, channels.clamp(min=0)[:, None], column)
     slices = sums.to(grad.dtype).view(len(ring), *_slice_shape(grad, layer, column))

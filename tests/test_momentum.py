@@ -93,6 +93,14 @@ def test_random_layers(numbers, seed, device):
             raise AssertionError(replay(seed, number, case)) from error
 
 
+def test_autocast_changes_nothing(device):
+    """It would round the products of plain PyTorch to half precision."""
+    torch.manual_seed(0)
+    weight = torch.randn(16, 8, 3, 3, device=device)
+    with torch.autocast(weight.device.type, torch.bfloat16):
+        walk([Case((16, 8, 3, 3), in_shape=(8, 8))], [weight], False, 0.5, 4, np.random.default_rng(0))
+
+
 def test_counts_past_a_byte(device):
     """One weight that counts 301 times in one column: replicate padding of 300 on one input."""
     case = Case((2, 2, 3), padding=(300,), in_shape=(1,), options={"padding_mode": "replicate"})
