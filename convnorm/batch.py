@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -79,6 +79,14 @@ class Batch:
         except (RuntimeError, NotImplementedError):
             self._refuse(grads)
             raise
+
+    def signed(self, scale: float | Tensor, maximized: Collection[Tensor]) -> Tensor:
+        """[layers], the scale, with the other sign for weights that an optimizer's step takes up their gradients."""
+        signs = torch.ones_like(self.rates)
+        for i, weight in enumerate(self.weights):
+            if weight in maximized:
+                signs[i] = -1
+        return signs * scale
 
     def _refuse(self, grads: Sequence[Tensor]) -> None:
         for use, grad in zip(self.uses, grads, strict=True):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -108,10 +108,13 @@ class NormDecay:
 
     # --- in the loop -------------------------------------------------------------------------------------------------
 
-    def step(self, scale: float | Tensor = 1, measured: Sequence[Batch] = ()) -> None:
+    def step(
+        self, scale: float | Tensor = 1, measured: Sequence[Batch] = (), maximized: Collection[Tensor] = ()
+    ) -> None:
         """Add to the gradients. ``scale`` is what the loss was multiplied by, if the gradients still are.
 
-        The norms of the ``measured`` ones of ``batches()`` are those of the weights already.
+        The norms of the ``measured`` ones of ``batches()`` are those of the weights already. Where an optimizer goes up
+        the gradients of weights, those are ``maximized``: there the norms are subtracted, so that they fall.
         """
         batches = self.batches()
         if not torch.compiler.is_compiling():
@@ -120,7 +123,7 @@ class NormDecay:
             self._set_beta(self._schedule(self._steps))
             self._steps += 1
         for batch in batches:
-            batch.step(scale, batch in measured)
+            batch.step(batch.signed(scale, maximized) if maximized else scale, batch in measured)
         self._has_norms = True
         if not torch.compiler.is_compiling() and not all(batch.is_finite() for batch in batches if batch.norms.is_cpu):
             self.check()
@@ -129,7 +132,7 @@ class NormDecay:
         """Step before every ``optimizer.step()`` from now on, until the returned handle is removed.
 
         After gradient clipping, then, and after ``GradScaler`` has unscaled (a fused optimizer's gradients are still
-        scaled: that is seen to).
+        scaled: that is seen to). Norms fall also where the optimizer has ``maximize=True``.
         """
         self.warn_of_missing(optimizer)
 
@@ -141,8 +144,7 @@ class NormDecay:
                 raise RuntimeError(
                     "convnorm: optimizer.step(closure) computes gradients itself: call step() in closure"
                 )
-            scale = getattr(optimizer, "grad_scale", None)
-            self.step(1 if scale is None else scale)
+            self.step(scale_of(optimizer), maximized=maximized_by(optimizer))
 
         return optimizer.register_step_pre_hook(before_step)
 
@@ -389,6 +391,16 @@ class NormDecay:
         missing = [repr(name) for name, w in weights.items() if w is not None and w.requires_grad and id(w) not in held]
         if missing:
             _warn(f"the optimizer does not hold the weight of layer {', '.join(missing)}: another one must")
+
+
+def scale_of(optimizer: torch.optim.Optimizer) -> float | Tensor:
+    """What ``GradScaler`` leaves to a fused optimizer to divide gradients by."""
+    scale = getattr(optimizer, "grad_scale", None)
+    return 1 if scale is None else scale
+
+
+def maximized_by(optimizer: torch.optim.Optimizer) -> set[Tensor]:
+    return {weight for group in optimizer.param_groups if group.get("maximize") for weight in group["params"]}
 
 
 def _find(model: nn.Module, example: Tensor | Sequence[Any] | Mapping[str, Sequence[int]]) -> list[Use]:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from .backends import backend_for
 from .batch import Batch
-from .decay import NormDecay
+from .decay import NormDecay, maximized_by, scale_of
 from .sharded import is_dtensor
 
 
@@ -67,9 +67,8 @@ class SGD(torch.optim.SGD):
         at_once = [batch for batch in self.norm_decay.batches() if self._fits(batch, groups)]
         if len(at_once) > 1:  # layers that share a weight
             at_once = []
-        scale = getattr(self, "grad_scale", None)
         known = [batch for batch in at_once if self._measured.get(batch) == _versions_of(batch)]
-        self.norm_decay.step(1 if scale is None else scale, known)
+        self.norm_decay.step(scale_of(self), known, maximized_by(self))
         self._measured = {}  # PyTorch's fused operators write weights without a new version
         for batch in at_once:
             self._step_and_measure(batch, groups)

@@ -43,7 +43,7 @@ class Released(Batch):
 
     @torch.no_grad()
     def step(self, scale: float | Tensor, measured: bool = False) -> None:
-        state, which = self.state, int(self.linf)
+        state, which, rates = self.state, int(self.linf), self.rates * scale
         values = library.read(self.weights, self.plan)
         state.norms.copy_(values[which])
         state.winners.copy_(values[2][:, which])
@@ -57,7 +57,7 @@ class Released(Batch):
                 signs = torch.where(window_counts(winner, text, column) > 0, signs, average[index])
             average[index] = signs
             if weight.grad is not None and weight.requires_grad:
-                weight.grad.add_(self._averages[i] * (self.rates[i] * scale).to(weight.dtype))
+                weight.grad.add_(self._averages[i] * rates[i].to(weight.dtype))
 
     def remembered(self, i: int) -> dict[str, Tensor]:
         return {"norm": self.state.norms[i], "winner": self.state.winners[i], "average": self._averages[i]}

@@ -109,6 +109,29 @@ def test_attach_steps_before_any_optimizer(name):
     assert steps_of(decay) == STEPS
 
 
+@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, convnorm.optim.SGD])
+def test_norms_decay_also_where_an_optimizer_maximizes(kind, variant):
+    """To go up a gradient, here that of one group, is to go down its negative."""
+    models = []
+    for maximize in (False, True):
+        model = network()
+        models.append(model)
+        decay = decayed(model, variant=variant)
+        groups = [{"params": [*model[0].parameters()], "maximize": maximize}, {"params": [*model[2:].parameters()]}]
+        own = {"norm_decay": decay} if kind is convnorm.optim.SGD else {}
+        optimizer = kind(groups, lr=0.1, momentum=0.9, **own)
+        if not own:
+            decay.attach(optimizer)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            loss(model, step).backward()
+            for p in () if maximize else model[0].parameters():
+                p.grad.neg_()
+            optimizer.step()
+    assert_same(*models)
+
+
 def test_lbfgs_is_told_what_to_do_instead():
     model = network()
     optimizer = torch.optim.LBFGS(model.parameters())
