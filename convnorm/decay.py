@@ -13,6 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -194,8 +195,10 @@ class NormDecay:
 
     @property
     def beta(self) -> float | Mapping[str, float]:
-        """As it is now. It may be set, also to a schedule: a function of the number of the step."""
-        return self._beta
+        """As it is now. It may be set, also to a schedule: a function of the number of the step. Numbers by pattern are
+        set together: to change one of them here would not reach the step.
+        """
+        return MappingProxyType(self._beta) if isinstance(self._beta, Mapping) else self._beta
 
     @beta.setter
     def beta(self, beta: Beta) -> None:
@@ -335,7 +338,7 @@ class NormDecay:
         return betas if self.variant == "released" else [beta / len(betas) for beta in betas]
 
     def _set_beta(self, beta: float | Mapping[str, float]) -> None:
-        self._beta = beta
+        self._beta = dict(beta) if isinstance(beta, Mapping) else beta
         rates = self._rates()
         for batch in self._batches:
             batch.rates.copy_(torch.tensor([rates[i] for i in batch.members], dtype=torch.float64))

@@ -162,6 +162,16 @@ def test_beta_by_pattern_by_schedule_and_set():
     assert seen == pytest.approx([0.5, 0.5, 0.25, 0.25, 1.0, 2.0])
 
 
+def test_beta_by_pattern_is_that_of_the_steps_and_changed_as_a_whole():
+    given = {"*": 1.0}
+    decay = convnorm.NormDecay(two(), [1, 4], beta=given)
+    given["*"] = 0.0
+    with pytest.raises(TypeError, match="item assignment"):
+        decay.beta["*"] = 0.0
+    assert decay.beta == decay.state_dict()["beta"] == {"*": 1.0}
+    assert decay.penalty().item() == pytest.approx(sum(convnorm.norms(use.layer).l1.item() for use in decay.uses) / 2)
+
+
 @pytest.mark.parametrize("include", ["linear", ["lin*", "dil*"], "*d"])
 def test_include_and_exclude(include):
     model = network()
