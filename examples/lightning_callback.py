@@ -14,22 +14,23 @@ class NormDecayCallback(lightning.Callback):
     """Steps on unscaled gradients, before clipping. (Under "16-mixed" take an optimizer that is not fused.)"""
 
     def __init__(self, **options: Any) -> None:
-        self.options, self.saved = options, None
+        self.options, self.decay, self.saved = options, None, None
 
-    def on_fit_start(self, trainer: Any, pl_module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: lightning.LightningModule) -> None:  # after the sanity check
         self.decay = convnorm.NormDecay(pl_module, **self.options)  # without example=, the first batch tells sizes
-        if self.saved is not None:
-            self.decay.load_state_dict(self.saved)
+        saved, self.saved = self.saved, None
+        if saved is not None:
+            self.decay.load_state_dict(saved)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: lightning.LightningModule, optimizer: Any) -> None:
         self.decay.step()
         pl_module.log_dict({f"norm of {layer}": norm for layer, norm in self.decay.norms.items()})  # waits for nothing
 
-    def state_dict(self) -> dict[str, Any]:
-        return self.decay.state_dict()
+    def state_dict(self) -> dict[str, Any] | None:
+        return self.saved if self.decay is None else self.decay.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.saved = state_dict  # comes before on_fit_start
+        self.saved = state_dict  # comes before on_train_start
 
 
 class Classifier(lightning.LightningModule):

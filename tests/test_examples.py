@@ -5,6 +5,7 @@ What a picture claims, its script asserts before it draws it.
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import convnorm
 
@@ -65,6 +68,30 @@ def test_callback(name, tmp_path):
     decayed = [float(runs["with"][layer]) / float(runs["without"][layer]) for layer in runs["without"]]
     assert max(decayed) < 1
     assert min(decayed) < 0.75
+
+
+@pytest.mark.filterwarnings("ignore")  # of few workers, and the like
+def test_the_sizes_that_lightning_tells_are_those_of_training(tmp_path):
+    lightning = pytest.importorskip("lightning")
+    example = runpy.run_path(str(EXAMPLES / "lightning_callback.py"))
+
+    class Validated(example["Classifier"]):
+        def __init__(self):
+            super().__init__()
+            self.model.insert(1, nn.AdaptiveAvgPool2d(16))
+
+        def validation_step(self, batch):
+            self.model(batch[0])
+
+    def batches(size):
+        data = torch.utils.data.TensorDataset(torch.randn(8, 3, size, size), torch.zeros(8, dtype=torch.int64))
+        return torch.utils.data.DataLoader(data, 4)
+
+    callback = example["NormDecayCallback"](beta=0.1)
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    trainer = lightning.Trainer(max_epochs=1, callbacks=callback, default_root_dir=tmp_path, **quiet)
+    trainer.fit(Validated(), batches(16), batches(24))
+    assert [use.in_shape for use in callback.decay.uses] == [(16, 16), ()]
 
 
 @pytest.mark.parametrize("name", GALLERY)
