@@ -274,7 +274,9 @@ class Bounded(nn.Module):
     def __init__(self, bounds: Tensor, ord: float, in_shape: Sequence[int]) -> None:
         super().__init__()
         self.ord, self.in_shape = ord, in_shape
-        self.register_buffer("bounds", bounds.detach().clone(), persistent=False)
+        # no inf: an average of buffers, as AveragedModel makes it, would be NaN
+        finite = bounds.detach().clamp(max=torch.finfo(bounds.dtype).max / 2)
+        self.register_buffer("bounds", finite, persistent=False)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight

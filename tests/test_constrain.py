@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from convnorm.ball import _by_interior_points, _by_pressures, ball_of, shrink
 from convnorm.constrain import Projection, constrain, project_, project_batch_norms_
@@ -663,6 +664,21 @@ def test_channels_take_turns(monkeypatch):
     ball = ball_of(constraint.plan, constraint.column, weight.device)
     changes = list(changes_of(weight[None].transpose(1, 2), torch.full((8,), 2.0), ball))
     assert [len(change.channels) for change in changes] == [1] * 8
+
+
+@pytest.mark.parametrize("average", [None, get_ema_multi_avg_fn(0.9)], ids=["swa", "ema"])
+def test_averages_of_a_constrained_model_are_within_its_bounds(average):
+    """Also where buffers are averaged, of which some bounds are inf."""
+    bounds = torch.tensor([0.5, math.inf] * 3)
+    model = nn.Sequential(constrain(nn.Conv2d(4, 6, 3), [8, 8], ord=math.inf, bound=bounds))
+    averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    for _ in range(3):
+        model[0].weight = torch.randn(6, 4, 3, 3)
+        averaged.update_parameters(model)
+    sums = averaged.module[0].weight.double().abs().sum((1, 2, 3))
+    assert (sums[::2] <= 0.5).all()
+    original = averaged.module[0].parametrizations.weight.original
+    assert torch.equal(averaged.module[0].weight[1::2], original[1::2])
 
 
 @pytest.mark.parametrize("ord", ORDS)
