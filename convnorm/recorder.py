@@ -125,7 +125,8 @@ class Recorder:
             steps = [number for number, _ in pending]
             batches = zip(*(tensors for _, tensors in pending), strict=True)
             together = torch.cat([torch.stack(own).double().cpu() for own in batches], 2)  # [steps, 2, layers]
-            self._file.write(steps, together[:, :, torch.tensor(self._members).argsort()].mT.tolist())
+            order = torch.tensor(self._members, device="cpu").argsort()  # also where the default device is another
+            self._file.write(steps, together[:, :, order].mT.tolist())
 
     def close(self) -> None:
         """Write what is left, and close the file."""

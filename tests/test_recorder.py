@@ -49,6 +49,14 @@ def test_every_step_is_recorded(tmp_path, flush_every):
     assert read(tmp_path / "norms.csv") == dict(enumerate(expected))
 
 
+def test_another_default_device_changes_nothing(tmp_path):
+    model = network()
+    with torch.device("meta"), Recorder(model, SHAPE, tmp_path / "norms.csv") as recorder:
+        recorder.step()
+    norms = convnorm.norms(model[0], [8, 8]), convnorm.norms(model[3])
+    assert read(tmp_path / "norms.csv") == {0: [value.item() for both in norms for value in (both.l1, both.linf)]}
+
+
 def test_some_steps_are_recorded(tmp_path):
     model = network()
     with Recorder(model, SHAPE, tmp_path / "norms.csv", every=3) as recorder:
