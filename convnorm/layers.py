@@ -23,7 +23,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from .geometry import Geometry, GeometryError, geometry
 from .plan import LayerPlan, layer_plan
-from .unwritten import Unwritten
+from .unwritten import Unwritten, held_by, restored
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -431,17 +431,17 @@ def observe(
         if any(nn.parameter.is_lazy(tensor) for tensor in own):
             raise GeometryError(f"convnorm: weight of layer {name!r} is not initialised yet: run the model once")
     watch = Watch(model)
-    before = [(module, dict(vars(module))) for module in model.modules()]
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     try:
-        model.eval()
         with (
+            restored(model),
             torch.no_grad(),
             torch.compiler.set_stance("force_eager"),  # compiled code reads memory that fake tensors do not have
             FakeTensorMode(allow_non_fake_inputs=True) as fake,
-            Unwritten((*model.parameters(), *model.buffers())),
+            Unwritten(x for x in held_by(model) if isinstance(x, Tensor)),
             within or nullcontext(),
         ):
+            model.eval()
             shapes_as = {"dtype": like.dtype, "device": like.device}
             model(*(fake.from_tensor(x) if isinstance(x, Tensor) else torch.empty(*x, **shapes_as) for x in inputs))
     except (RuntimeError, TypeError, ValueError) as error:
@@ -449,8 +449,5 @@ def observe(
         where = f", in or after layer {watch.running!r}" if watch.running else ""
         raise GeometryError(f"convnorm: the model does not run on an input of {shapes}{where}: {error}") from error
     finally:
-        for module, attributes in before:  # its training flag, and what it keeps of a forward pass
-            vars(module).clear()
-            vars(module).update(attributes)
         uses = watch.close()
     return uses

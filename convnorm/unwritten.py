@@ -1,12 +1,15 @@
-"""A model's own tensors stay what they are while it runs on fake ones, where it writes them: counters, constraints."""
+"""A model stays what it is while it runs on fake tensors, whatever it writes: counters, constraints, caches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
@@ -17,6 +20,40 @@ WRITING = frozenset(  # add_, __iadd__, __setitem__
     for name in dir(Tensor)
     if (name.endswith("_") and not name.endswith("__")) or name.startswith(("__i", "__set"))
 )
+CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)  # of these types only: others may do more than hold
+
+
+def held_by(model: nn.Module) -> list[Any]:
+    """All that the modules of a model hold, and what lies in their lists and dictionaries."""
+    found: dict[int, Any] = {}
+    pending: list[Any] = [vars(module) for module in model.modules()]
+    while pending:
+        one = pending.pop()
+        if id(one) not in found:
+            found[id(one)] = one
+            if type(one) in (*CONTAINERS, tuple):
+                pending += one.values() if isinstance(one, dict) else one
+    return list(found.values())
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Its modules hold afterwards what they held before: training flags, and all that a forward pass replaces or adds.
+
+    >>> model = nn.Module()
+    >>> model.cache = {}
+    >>> with restored(model):
+    ...     model.cache["positions"] = 1
+    >>> model.cache
+    {}
+    """
+    before = [(one, copy(one)) for one in held_by(model) if type(one) in CONTAINERS]
+    try:
+        yield
+    finally:
+        for one, content in before:
+            one.clear()
+            (one.extend if isinstance(one, (list, deque)) else one.update)(content)
 
 
 class Unwritten(TorchFunctionMode):

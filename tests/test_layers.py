@@ -204,6 +204,36 @@ def test_observe_leaves_no_fake_weights(normed):
     assert not isinstance(model[0].weight, FakeTensor)
 
 
+class Remembering(nn.Module):
+    """Keeps what it computes, in every place there is."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.later, self.cache, self.seen = nn.Conv1d(2, 2, 3), None, {}, [[]]
+        self.count, self.counts = torch.zeros(()), [torch.zeros(())]
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("scale", None)
+
+    def forward(self, x):
+        self.count += 1
+        self.counts[0] += 1
+        y = self.conv(x)
+        self.mean = 0.9 * self.mean + y.mean()
+        self.seen[0].append(y)
+        self.cache["positions"] = torch.arange(y.shape[-1])
+        self.scale, self.later = torch.ones(2, 1), nn.Linear(y.shape[-1], 2)
+        return self.later(y * self.scale)
+
+
+def test_observe_leaves_nothing_fake_in_a_model():
+    model = Remembering()
+    assert seen(model, [1, 2, 8]) == [("conv", (8,))]
+    assert (model.later, model.scale, model.cache, model.seen) == (None, None, {}, [[]])
+    assert (model.mean, model.count, model.counts) == (0, 0, [0])
+    assert list(model.state_dict()) == ["mean", "conv.weight", "conv.bias"]
+    assert model(torch.ones(1, 2, 8)).isfinite().all()
+
+
 def test_observe_leaves_no_trace_of_a_model_that_fails():
     class Fails(nn.Module):
         def forward(self, x):
