@@ -132,18 +132,18 @@ def with_weights(factory: Callable[[], Any], path: str, name: str) -> nn.Module:
 def filled(model: nn.Module, state: Mapping[str, Tensor], path: str, name: str, assign: bool) -> None:
     own = model.state_dict()
     state = unprefixed(state, own)
-    missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
     wrong = [
         f"{key} of {list(state[key].shape)}, not {list(own[key].shape)}"
         for key in own.keys() & state.keys()
         if own[key].shape != state[key].shape
     ]
+    # its modules know what older ones saved under other names, or not at all
+    missing, unknown = ([], []) if wrong else model.load_state_dict(state, strict=False, assign=assign)
     for what, keys in (("has no", missing), ("has a surplus", unknown), ("has", wrong)):
         if keys:
             first, *others = sorted(keys)
             more = f" and {len(others)} more" if others else ""
             raise ValueError(f"convnorm: checkpoint {path!r} does not fit {name!r}: it {what} {first}{more}")
-    model.load_state_dict(state, assign=assign)
 
 
 def state_dict(path: str) -> dict[str, Tensor]:

@@ -46,6 +46,9 @@ def unsaved_buffer():
     model.register_buffer("scale", torch.ones(1), persistent=False)
     return model
 
+def parametrized():
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)))
+
 def number():
     return 3
 
@@ -95,6 +98,8 @@ def networks(tmp_path, monkeypatch):
     nested = {f"module.{name}": value for name, value in model.state_dict().items()}
     torch.save({"epoch": 3, "state_dict": nested}, "nested.pt")
     torch.save({"epoch": 3}, "none.pt")
+    torch.save(model[:1].state_dict(), "few.pt")
+    torch.save(nn.Sequential(*model, nn.Linear(2, 2)).state_dict(), "more.pt")
     Path("text.pt").write_text("no checkpoint")
     torch.export.save(torch.export.export(model, (torch.randn(SHAPE),)), "program.pt2")
     Path("text.pt2").write_text("no program")
@@ -166,6 +171,17 @@ def test_a_checkpoint_makes_the_model_that_was_saved(networks, name, shape):
     assert loaded == report(made, shape, l2=False, bounds=True)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_a_checkpoint_of_older_modules_is_taken_as_pytorch_takes_it(networks):
+    """Many that can be downloaded are of before batch norms counted, or weight norms were parametrizations."""
+    kept = {name: value for name, value in networks.state_dict().items() if "num_batches_tracked" not in name}
+    torch.save(kept, "uncounted.pt")
+    assert torch.equal(loading.load_model("uncounted.pt=networks:network")[0].weight, networks[0].weight)
+    old = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 4, 3)))
+    torch.save(old.state_dict(), "hooked.pt")
+    assert torch.equal(loading.load_model("hooked.pt=networks:parametrized")[0].weight, old[0].weight)
+
+
 def test_a_checkpoint_stays_in_its_file(networks):
     """No weights are drawn, none are copied."""
     before = torch.get_rng_state()
@@ -205,6 +221,8 @@ WRONG = {
     "no file": ["nothing.pt=networks:network", *INPUT],
     "no program file": ["nothing.pt2"],
     "checkpoint of another model": ["weights.pt=networks:wide", *INPUT],
+    "checkpoint of fewer layers": ["few.pt=networks:network", *INPUT],
+    "checkpoint of more layers": ["more.pt=networks:network", *INPUT],
     "no state dict": ["none.pt=networks:network", *INPUT],
     "no checkpoint": ["text.pt=networks:network", *INPUT],
     "no program": ["text.pt2"],
