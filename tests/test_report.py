@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from reported import SHAPE, network, trained
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 import convnorm
 from convnorm.geometry import GeometryError
@@ -122,6 +122,31 @@ def test_a_batch_norm_of_another_axis_is_not_folded():
     """After a linear layer on sequences it counts positions, as many as channels here."""
     (row,) = rows(nn.Sequential(nn.Linear(8, 8), trained(nn.BatchNorm1d(8))), 1, 8, 8)
     assert row.folded is None
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_a_batch_norm_with_a_computed_weight_is_folded_as_it_runs():
+    model = trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    parametrize.register_parametrization(model[1], "weight", Doubled())
+    (row,) = rows(model)
+    scale = model[1].weight.double() * (model[1].running_var.double() + 1e-5).rsqrt()
+    assert row.folded.l1 == convnorm.norms(model[0], [8, 8], scale=scale).l1.item()
+    (row,) = report(torch.export.export(model, (torch.randn(SHAPE),)), l2=False).rows
+    assert (row.batch_norm, row.folded) == ("", None)  # there its weight is a result like any other
+
+
+@pytest.mark.parametrize("gain", [lambda x: x.mean((0, 2, 3)), lambda x: torch.rand(3)])
+def test_a_batch_norm_whose_weight_is_no_function_of_parameters_is_not_folded(gain):
+    class Gained(Between):
+        def forward(self, x):
+            return F.batch_norm(self.conv(x), self.norm.running_mean, self.norm.running_var, gain(x))
+
+    (row,) = rows(Gained(None))
+    assert (row.batch_norm, row.folded) == ("", None)
 
 
 def test_a_layer_without_its_batch_norm():

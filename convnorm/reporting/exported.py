@@ -116,8 +116,10 @@ def _batch_norm(nodes: list[Node], tensors: dict[str, tuple[str, Tensor]]) -> Ba
         if len(users) != 1 or _packet(users[0]) not in BATCH_NORMS:
             return None
         given = _arguments(users[0])
-        variance = given["running_var"]
+        variance, weight = given["running_var"], given["weight"]
         if given.get("training") or variance is None or variance.name not in tensors:
+            return None
+        if weight is not None and weight.name not in tensors:  # it is computed
             return None
         found[variance.name] = given
     if len(found) != 1:

@@ -242,8 +242,17 @@ class Seen(TorchFunctionMode):
         if len(found) != 1:
             return None
         (given,) = found.values()
+        weight = given["weight"]
+        if isinstance(weight, FakeTensor):
+            source = self._computed.of(weight)
+            if not isinstance(source, Computed):  # it depends on the input
+                return None
+            try:
+                weight = source.value()
+            except Drawn:
+                return None
         name = self._names[id(given["running_var"])].rpartition(".")[0]
-        return BatchNorm(name, multiplier(given["running_var"], given["weight"], given["eps"]))
+        return BatchNorm(name, multiplier(given["running_var"], weight, given["eps"]))
 
 
 def _runs_as_pytorch(module: nn.Module) -> bool:
