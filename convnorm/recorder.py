@@ -156,7 +156,7 @@ class Table:
                 break
             kept.append(line)
             self.first = step + 1 if start is None else start
-        self._stream = path.open("r+" if lines else "w", newline="")
+        self._stream = path.open("r+" if lines else "w", newline="", encoding="utf-8")
         self._stream.truncate(sum(map(len, kept)))
         self._stream.seek(0, 2)
         self._writer = csv.writer(self._stream, lineterminator="\n")

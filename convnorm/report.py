@@ -163,7 +163,9 @@ class Report:
     @staticmethod
     def from_json(source: str | Path) -> Report:
         """Of a file, or of the text itself."""
-        text = source if isinstance(source, str) and source.lstrip().startswith("{") else Path(source).read_text()
+        text = (
+            source if isinstance(source, str) and source.lstrip().startswith("{") else Path(source).read_text("utf-8")
+        )
         try:
             content = json.loads(text)
             layers = [{name: value for name, value in row.items() if name != "share"} for row in content["layers"]]
@@ -222,7 +224,7 @@ class Report:
 
 def written(text: str, path: str | Path | None) -> str:
     if path is not None:
-        Path(path).write_text(text)
+        Path(path).write_text(text, encoding="utf-8")  # as the pages say
     return text
 
 

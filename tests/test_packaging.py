@@ -73,9 +73,23 @@ def test_files_are_written_where_the_table_cannot_be_printed(tmp_path, command):
         encoding="utf-8",
     )
     paths = os.pathsep.join([str(tmp_path), str(Path(convnorm.__file__).parents[1])])
-    found = tmp_path / "found.csv"
-    arguments = [*command, "named:network", "--input", "3", "8", "8", "--no-l2", "--csv", str(found)]
+    found, page = tmp_path / "found.csv", tmp_path / "found.html"
+    arguments = [
+        *command,
+        "named:network",
+        "--input",
+        "3",
+        "8",
+        "8",
+        "--no-l2",
+        "--csv",
+        str(found),
+        "--html",
+        str(page),
+    ]
     if command[0] == "compare":
         arguments += ["--layers", "l1"]
-    run = shell(*arguments, PYTHONPATH=paths, PYTHONIOENCODING="ascii")
-    assert "größe" in found.read_text(encoding="utf-8"), run.stderr
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    run = shell(*arguments, PYTHONPATH=paths, **ascii_only)
+    for file in (found, page):
+        assert "größe" in file.read_text(encoding="utf-8"), run.stderr
