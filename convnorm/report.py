@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .geometry import GeometryError
-from .layers import inputs_of, unwrapped
+from .layers import inputs_of, shape_of, unwrapped
 from .reporting.bounds import LipschitzBound, lipschitz_bounds
 from .reporting.find import find
 from .reporting.measure import Progress, measure
@@ -73,7 +73,7 @@ def report(
         raise GeometryError(f"convnorm: model {type(model).__name__} uses no convolutional or fully connected layer")
     return Report(
         title=title or type(model).__name__,
-        inputs=tuple(tuple(x.shape if isinstance(x, Tensor) else x) for x in inputs),
+        inputs=tuple(tuple(x.shape) if isinstance(x, Tensor) else shape_of(x) for x in inputs),
         parameters=parameters,
         rtol=rtol if l2 else None,
         rows=tuple(measure(found, l2=l2, rtol=rtol, batch_norm=batch_norm, progress=progress)),

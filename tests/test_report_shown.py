@@ -30,6 +30,12 @@ def test_json_is_read_again(found, tmp_path):
     assert [row["share"]["l1"] for row in content["layers"]] == found.shares(1)
 
 
+@pytest.mark.parametrize("shape", [np.array(SHAPE), [1, 3, np.int64(8), 8]], ids=["array", "list"])
+def test_json_of_sizes_by_numpy(shape):
+    found = report(network(), shape, l2=False)
+    assert Report.from_json(found.to_json()) == found
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"title": 3}', "no JSON"])
 def test_what_is_no_report_is_refused(content, tmp_path):
     path = tmp_path / "other.json"
