@@ -355,6 +355,18 @@ def test_an_exported_padding_leaves_the_convolution_on_the_padded_input():
     assert row.norms.l1 == convnorm.norms(model[0].weight, [10, 10]).l1.item()
 
 
+def test_an_exported_parameter_under_two_names_is_one(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[0].weight = model[1].weight
+    expected = report(model, [1, 8], l2=False)
+    program = torch.export.export(model, (torch.randn(1, 8),))
+    torch.export.save(program, tmp_path / "tied.pt2")
+    for one in (program, torch.export.load(tmp_path / "tied.pt2")):
+        found = report(one, l2=False)
+        assert (found.parameters, found.unmeasured) == (expected.parameters, ())
+        assert found.log10_product(1) == pytest.approx(expected.log10_product(1))
+
+
 def test_an_exported_program_of_free_sizes_is_refused():
     sizes = ({2: torch.export.Dim("height", min=4, max=64)},)
     program = torch.export.export(nn.Conv2d(3, 4, 3), (torch.randn(SHAPE),), dynamic_shapes=sizes)

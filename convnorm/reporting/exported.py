@@ -52,15 +52,26 @@ def find_exported(program: ExportedProgram) -> tuple[list[Found], list[str]]:
     for (name, *_), nodes in layers.items():
         with naming(name), torch.no_grad():
             found.append(_found(name, tensors[_arguments(nodes[0])["weight"].name][1], nodes, tensors))
-    measured = {key[0] for key in layers}
-    parameters = program.graph_signature.parameters
-    others = [name for name in parameters if not is_vector(program.state_dict[name]) and name not in measured]
-    return found, others
+    measured = {_memory(tensors[_arguments(nodes[0])["weight"].name][1]) for nodes in layers.values()}
+    named = _parameters(program).items()
+    return found, [name for name, x in named if not is_vector(x) and _memory(x) not in measured]
 
 
 def parameters_of(program: ExportedProgram) -> int:
     """How many numbers."""
-    return sum(program.state_dict[name].numel() for name in program.graph_signature.parameters)
+    return sum(parameter.numel() for parameter in _parameters(program).values())
+
+
+def _parameters(program: ExportedProgram) -> dict[str, Tensor]:
+    """By name; each once, where a model holds it under several."""
+    named = {name: program.state_dict[name] for name in program.graph_signature.parameters}
+    first = {_memory(x): name for name, x in reversed(named.items())}
+    return {name: x for name, x in named.items() if first[_memory(x)] == name}
+
+
+def _memory(x: Tensor) -> tuple:
+    """The same of one parameter under several names, which are tensors of their own once a program was loaded."""
+    return x.data_ptr(), tuple(x.shape), x.stride()
 
 
 def _found(name: str, weight: Tensor, nodes: list[Node], tensors: dict[str, tuple[str, Tensor]]) -> Found:
