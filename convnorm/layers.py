@@ -444,10 +444,11 @@ def observe(
             model.eval()
             shapes_as = {"dtype": like.dtype, "device": like.device}
             model(*(fake.from_tensor(x) if isinstance(x, Tensor) else torch.empty(*x, **shapes_as) for x in inputs))
-    except (RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever the model's own code raises
         shapes = ", ".join(str(list(x.shape if isinstance(x, Tensor) else x)) for x in inputs)
         where = f", in or after layer {watch.running!r}" if watch.running else ""
-        raise GeometryError(f"convnorm: the model does not run on an input of {shapes}{where}: {error}") from error
+        what = error if isinstance(error, (RuntimeError, TypeError, ValueError)) else f"{type(error).__name__}: {error}"
+        raise GeometryError(f"convnorm: the model does not run on an input of {shapes}{where}: {what}") from error
     finally:
         uses = watch.close()
     return uses

@@ -47,6 +47,14 @@ def half():
 def needs_arguments(width):
     return network()
 
+class OneSize(nn.Conv2d):
+    def __init__(self):
+        super().__init__(3, 4, 3)
+
+    def forward(self, x):
+        assert x.shape[-1] == 224, "224 only"
+        return super().forward(x)
+
 def a_dictionary():
     return {}
 
@@ -171,6 +179,9 @@ def test_a_wrong_input_is_refused_in_one_line(capsys):
     assert command.main(["check", "networks:network", "--input", "4", "8", "8"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("convnorm: the model does not run on an input of [1, 4, 8, 8]")
+    assert check("OneSize") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("AssertionError: 224 only")
 
 
 @pytest.mark.parametrize("arguments", [[], ["check"], ["check", "networks:network"], ["measure"], ["check", "--input"]])

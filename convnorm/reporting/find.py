@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
-from ..geometry import GeometryError
 from ..layers import LAYERS, Layer, Use, naming, observe, plain_name, unwrapped
 from ..unwritten import ASSIGN
 from .calls import BatchNorm, Found, called_layer, is_vector, multiplier
@@ -52,12 +51,6 @@ def find(model: nn.Module, *inputs: Tensor | Sequence[int]) -> tuple[list[Found]
     seen = Seen(model)
     try:
         observe(model, *inputs, within=seen)
-    except GeometryError:
-        raise
-    except Exception as error:  # whatever the model's own code raises
-        shapes = ", ".join(str(list(x.shape if isinstance(x, Tensor) else x)) for x in inputs)
-        what = f"{type(error).__name__}: {error}"
-        raise GeometryError(f"convnorm: the model does not run on an input of {shapes}: {what}") from error
     finally:
         seen.close()
     return seen.found(), seen.others()
