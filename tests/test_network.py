@@ -217,6 +217,34 @@ def test_parametrized_weights_are_those_that_the_layer_uses():
     assert lipschitz(model, [2, 5], ord=1).upper == pytest.approx(exact, rel=1e-6)
 
 
+class Buffered(nn.Module):
+    """A factor that is written before it is used."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.write = write
+        self.register_buffer("factor", torch.ones(3))
+        self.register_buffer("source", torch.full((3,), 4.0))
+
+    def forward(self, x):
+        written = self.write(self.factor, self.source)
+        return x * (written if isinstance(written, torch.Tensor) else self.factor)
+
+
+def test_what_is_written_elsewhere_than_in_the_first_argument_is_seen():
+    model = Buffered(lambda factor, source: torch.add(source, 1, out=factor))
+    assert lipschitz(model, [2, 3], ord=1).upper == 5
+    assert torch.equal(model.factor, torch.ones(3))
+    for write in (
+        lambda factor, source: torch._foreach_copy_([factor], [source]),
+        lambda factor, source: torch._foreach_mul_([source, factor], 2.0),
+    ):
+        with pytest.raises(GeometryError, match="'b_factor' was overwritten in place"):
+            lipschitz(Buffered(write), [2, 3])
+    with pytest.raises(GeometryError, match=r"\(mul\) writes into what is not its first argument"):
+        lipschitz(Of(lambda x: torch.mul(x, 9, out=torch.zeros(2, 3))), [2, 3])
+
+
 def test_operations_in_place_are_those_of_their_results():
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Hardtanh(inplace=True))
     plain = nn.Sequential(model[0], nn.ReLU(), nn.Hardtanh())

@@ -197,7 +197,6 @@ class Walk:
     def value_of(self, node: fx.Node) -> Value:
         if node in self.regions:
             content, storage = self.assumed(node, self.regions[node]), self.storage_of(node)
-            storage.version += _writes(node)
             return Value(content, storage, storage.version)
         contents = tree_map(lambda x: self.read(x) if isinstance(x, fx.Node) else x, (node.args, node.kwargs))
         if node.target is operator.getitem:
@@ -212,7 +211,6 @@ class Walk:
             if step is not None and not step.name:
                 self.add(node, step, _operation(node))
         storage = self.storage_of(node)
-        storage.version += _writes(node)
         return Value(content, storage, storage.version)
 
     def blank(self, x: Any) -> Any:
@@ -232,7 +230,7 @@ class Walk:
         arguments = {
             a.name: given.get(a.name, a.default_value) for a in schema if a.name in given or a.has_default_value()
         }
-        if target._schema.is_mutable and not schema[0].alias_info.is_write:
+        if any(name != schema[0].name for name in _written(node)):
             raise Refused("writes into what is not its first argument")
         call = Call(operation, target, arguments, node.meta["val"])
         made = RULES[operation](call)
@@ -253,7 +251,12 @@ class Walk:
             raise Refused(f"rounds to {meta.dtype}")
 
     def storage_of(self, node: fx.Node) -> Storage:
-        """That of the first input, where the output may be a view of it."""
+        """That of what the node writes, which counts, or of the first input, where the output may be a view of it."""
+        written = [self.values[x].storage for x in tree_iter(_written(node)) if isinstance(x, fx.Node)]
+        for storage in written:
+            storage.version += 1
+        if written:
+            return written[0]
         views = node.target is operator.getitem or "dropout" in _operation(node)
         if isinstance(node.target, torch._ops.OpOverload):
             views = views or any(r.alias_info is not None for r in node.target._schema.returns)
@@ -267,8 +270,7 @@ class Walk:
             return Value(target(*args, **kwargs))
         storage = self.storage_of(node)
         if _writes(node) or "_norm" in _operation(node):  # of the batch writes statistics, which its schema conceals
-            args = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, args)
-        storage.version += _writes(node)
+            args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
         return Value(target(*args, **kwargs), storage, storage.version)
 
     def assumed(self, node: fx.Node, name: str) -> Step | None:
@@ -314,6 +316,15 @@ def _operation(node: fx.Node) -> str:
 
 def _writes(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _written(node: fx.Node) -> dict[str, Any]:
+    """The arguments that it writes into: most often the first, ``out``, or a list of them."""
+    if not _writes(node):
+        return {}
+    schema = node.target._schema.arguments
+    given = dict(zip((a.name for a in schema), node.args, strict=False)) | node.kwargs
+    return {a.name: given.get(a.name) for a in schema if a.alias_info is not None and a.alias_info.is_write}
 
 
 def _key(node: fx.Node, path: str) -> str | None:
