@@ -256,6 +256,7 @@ def test_operations_in_place_are_those_of_their_results():
         return y
 
     assert lipschitz(Of(residual), [2, 3], ord=1).upper == 5
+    assert lipschitz(nn.Sequential(nn.ReLU6(inplace=True), nn.ELU(inplace=True)), [2, 3], ord=1).upper == 1
 
 
 def test_half_precision_weights_are_measured_as_stored():

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_iter, tree_map
 
 from ..geometry import GeometryError
@@ -61,10 +63,8 @@ def exported(model: nn.Module, *inputs: Tensor | Sequence[int]) -> torch.export.
     inputs = tuple(x if isinstance(x, Tensor) else shape_of(x) for x in inputs)
     held = chain(model.parameters(), model.buffers())
     like = next((tensor for tensor in held if tensor.is_floating_point()), torch.empty(0))
-    shaped = [
-        x if isinstance(x, Tensor) else torch.zeros((), dtype=like.dtype, device=like.device).expand(tuple(x))
-        for x in inputs
-    ]
+    with FakeTensorMode(shape_env=ShapeEnv(tracked_fakes=[]), allow_non_fake_inputs=True):  # of any size, and writable
+        shaped = [x if isinstance(x, Tensor) else torch.empty(x, dtype=like.dtype, device=like.device) for x in inputs]
     training = [module for module in model.modules() if module.training]
     watch = Watch(model)
     try:
