@@ -164,18 +164,18 @@ class NormDecay:
         self._know_layers()
         if not torch.compiler.is_compiling():
             self._held.warn_of_gone("NormDecay")
+        weights = [current_weight(use.module) for use in self.uses]
         devices: dict[torch.device, list[int]] = {}
-        for i, use in enumerate(self.uses):
-            if is_dtensor(use.module.weight):
+        for i, (use, weight) in enumerate(zip(self.uses, weights, strict=True)):
+            if is_dtensor(weight):
                 raise RuntimeError(
                     f"convnorm: the weight of layer {use.name!r} is sharded: penalty() would gather it, use step()"
                 )
-            devices.setdefault(use.module.weight.device, []).append(i)
+            devices.setdefault(weight.device, []).append(i)
         rates, terms = self._rates(), []
         for device, members in devices.items():
             plan = "".join(plan_of(self.uses[i]).text for i in members)
-            weights = [current_weight(self.uses[i].module) for i in members]
-            norms = library.norms_of(weights, plan, self.ord == math.inf)
+            norms = library.norms_of([weights[i] for i in members], plan, self.ord == math.inf)
             terms.append((torch.tensor([rates[i] for i in members], dtype=norms.dtype, device=device) * norms).sum())
         return sum(term.to(terms[0].device) for term in terms)
 

@@ -190,10 +190,26 @@ def as_layer(layer: nn.Module | Tensor | Layer, in_shape: Sequence[int] = (), **
     )
 
 
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """In evaluation mode: a parametrized weight may change in training whenever it is read."""
+    training = [module for one in modules for module in one.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def current_weight(module: nn.Module) -> Tensor:
     """The weight that a module has in evaluation. Where a hook computes it before each run (``weight_norm``,
     ``spectral_norm`` and ``prune`` of ``torch.nn.utils``), the module holds that of the last run only.
     """
+    if is_parametrized(module, "weight"):
+        with evaluating(module.parametrizations.weight):
+            return module.weight
     if "weight" not in module._parameters:
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight":

@@ -14,10 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from .layers import Held, current_weight, inputs_of, labels_of, observe, unwrapped
-from .reporting.find import evaluating
 from .reporting.measure import columns
 from .reporting.optional import optional
 from .sharded import refuse_sharded
@@ -72,7 +70,7 @@ class Recorder:
             lambda use: f"@{'x'.join(map(str, use.in_shape))}",
             lambda use: f"-{'x'.join(map(str, use.out_shape))}",
         )
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad():
             self._columns = columns([use.layer for use in self._uses])
         self._every, self._flush_every = every, flush_every
         self._pending: list[tuple[int, list[Tensor]]] = []
@@ -101,10 +99,7 @@ class Recorder:
     @torch.no_grad()
     def _measure(self) -> list[Tensor]:
         """[2, layers] on each device, by the order of ``_members``."""
-        # the weights of some are computed, by now, and that may change their state: not in evaluation
-        computing = [use.module.parametrizations for use in self._uses if is_parametrized(use.module)]
-        with evaluating(*computing):
-            weights = [current_weight(use.module) for use in self._uses]
+        weights = [current_weight(use.module) for use in self._uses]
         batches: dict[tuple, list[int]] = {}
         for i, weight in enumerate(weights):
             batches.setdefault((weight.device, weight.dtype), []).append(i)

@@ -268,6 +268,23 @@ def test_parametrized_modules_are_measured_as_they_compute(device):
     assert all(p.grad.ne(0).any() for p in module.parametrizations.weight.parameters())
 
 
+def test_a_weight_that_changes_when_it_is_read_in_training_is_that_of_evaluation():
+    """``spectral_norm`` goes on with its power iteration."""
+    module = nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)).train()
+    before = copy.deepcopy(module.state_dict())
+    decay = convnorm.NormDecay(nn.Sequential(module), [1, 3, 5, 5], beta=1.0)
+
+    def found():
+        bracket, projected = convnorm.l2(module, [5, 5]), convnorm.project(module, [5, 5], ord=1, bound=0.1)
+        return norms(module, [5, 5]).l1, subgradient(module, [5, 5]), decay.penalty(), bracket.lower, projected
+
+    in_training = found()
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert all(one.training for one in module.modules())
+    module.eval()
+    torch.testing.assert_close(in_training, found(), rtol=0, atol=0)
+
+
 def lazy_conv_that_has_run():
     module = nn.LazyConv2d(4, 3)
     module(torch.ones(1, 2, 5, 5))

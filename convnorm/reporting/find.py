@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
-from ..layers import LAYERS, Layer, Use, naming, observe, plain_name, unwrapped
+from ..layers import LAYERS, Layer, Use, evaluating, naming, observe, plain_name, unwrapped
 from ..unwritten import ASSIGN
 from .calls import BatchNorm, Found, called_layer, is_vector, multiplier
 from .computed import Computations, Computed, Drawn
@@ -54,19 +53,6 @@ def find(model: nn.Module, *inputs: Tensor | Sequence[int]) -> tuple[list[Found]
     finally:
         seen.close()
     return seen.found(), seen.others()
-
-
-@contextmanager
-def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """In evaluation mode: a parametrized weight may change in training whenever it is read."""
-    training = [module for one in modules for module in one.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @dataclass
