@@ -246,9 +246,11 @@ def as_stored(model: nn.Module) -> nn.Module:
 
 
 def _tuple(name: str, value: int | Sequence[int], n_axes: int) -> tuple[int, ...]:
-    if isinstance(value, int):
+    if isinstance(value, (int, torch.SymInt)):
         return (value,) * n_axes
     try:
+        if getattr(value, "shape", None) == ():  # one number of NumPy's, or in a tensor
+            return (operator.index(value),) * n_axes
         return tuple(n if isinstance(n, (int, torch.SymInt)) else operator.index(n) for n in value)
     except TypeError:
         raise GeometryError(f"convnorm: {name} {value!r} must be whole numbers") from None

@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import convnorm
 from convnorm.winners import _window_table
 
 ops = torch.ops.convnorm
@@ -165,6 +166,19 @@ def test_export_takes_dynamic_sizes(device):
     for n in (64, 100, 34):
         x = torch.randn(1, 3, n, n, device=device)
         torch.testing.assert_close(exported.module()(x), model(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_takes_one_dynamic_size_for_all_axes(strict):
+    class Measured(torch.nn.Conv2d):
+        def forward(self, x):
+            return x.sum() + convnorm.norms(self, x.shape[-1]).l1
+
+    model, side = Measured(3, 4, 3), torch.export.Dim("side", min=32, max=256)
+    sizes = {"x": {3: side}}
+    exported = torch.export.export(model, (torch.ones(1, 3, 9, 64),), dynamic_shapes=sizes, strict=strict)
+    x = torch.randn(1, 3, 9, 100)
+    torch.testing.assert_close(exported.module()(x), model(x))
 
 
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])

@@ -255,9 +255,11 @@ def test_a_raw_weight_takes_what_its_operator_takes(device):
         {"stride": 2, "padding": 1},
         {"stride": [2], "padding": [1]},
         {"stride": 2, "padding": 1, "dilation": None, "groups": 1, "output_padding": None},
+        {"stride": np.int64(2), "padding": torch.tensor(1)},
     ):
-        found = norms(weight, 8, **options)
-        assert (found.l1, found.linf) == (expected.l1, expected.linf)
+        for size in (8, np.int32(8), torch.tensor(8)):
+            found = norms(weight, size, **options)
+            assert (found.l1, found.linf) == (expected.l1, expected.linf)
 
 
 def test_parametrized_modules_are_measured_as_they_compute(device):
