@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from convnorm.constrain import constrain
 from convnorm.geometry import GeometryError
 from convnorm.network import bound, certified_radius, jacobian_norm, lipschitz, trace
+from convnorm.network.trace import exported
 
 # What is refused
 
@@ -174,6 +175,23 @@ def test_tracing_leaves_a_model_as_it_was():
     lipschitz(model, [2, 3, 8, 8])
     assert [module.training for module in model] == [True, True, False]
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_tracing_leaves_no_fake_tensor_in_a_buffer_that_is_made_when_needed():
+    class Masked(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 3)
+            self.register_buffer("mask", None, persistent=False)
+
+        def forward(self, x):
+            if self.mask is None:
+                self.mask = torch.ones(3, 3).tril()
+            return x @ (self.weight * self.mask)
+
+    model = Masked()
+    exported(model, [2, 3])
+    assert model.mask is None
+    assert model(torch.ones(2, 3)).isfinite().all()
 
 
 class Standardised(nn.Conv2d):

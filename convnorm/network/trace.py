@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_iter, tree_map
 
 from ..geometry import GeometryError
 from ..layers import Watch, plain_name, shape_of, unwrapped
+from ..unwritten import restored
 from . import activations, linear, moves, nonlinear  # noqa: F401  their rules
 from .calls import RULES, Call, Refused
 from .steps import Input, Joint, Step
@@ -58,18 +59,18 @@ def trace(
 
 
 def exported(model: nn.Module, *inputs: Tensor | Sequence[int]) -> torch.export.ExportedProgram:
-    """The model's graph in evaluation mode; its training flags are as before."""
+    """The model's graph in evaluation mode; the model itself is as before."""
     model = unwrapped(model)
     inputs = tuple(x if isinstance(x, Tensor) else shape_of(x) for x in inputs)
     held = chain(model.parameters(), model.buffers())
     like = next((tensor for tensor in held if tensor.is_floating_point()), torch.empty(0))
     with FakeTensorMode(shape_env=ShapeEnv(tracked_fakes=[]), allow_non_fake_inputs=True):  # of any size, and writable
         shaped = [x if isinstance(x, Tensor) else torch.empty(x, dtype=like.dtype, device=like.device) for x in inputs]
-    training = [module for module in model.modules() if module.training]
     watch = Watch(model)
     try:
-        model.eval()
-        return torch.export.export(model, tuple(shaped), strict=False)
+        with restored(model):
+            model.eval()
+            return torch.export.export(model, tuple(shaped), strict=False)
     except Exception as error:  # of what torch.export refuses there are many kinds
         shapes = ", ".join(str(list(x.shape)) for x in shaped)
         where = f", in or after layer {watch.running!r}" if watch.running else ""
@@ -79,8 +80,6 @@ def exported(model: nn.Module, *inputs: Tensor | Sequence[int]) -> torch.export.
         ) from error
     finally:
         watch.close()
-        for module in training:
-            module.training = True
 
 
 @dataclass
