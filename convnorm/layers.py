@@ -457,11 +457,12 @@ def observe(
             torch.compiler.set_stance("force_eager"),  # compiled code reads memory that fake tensors do not have
             FakeTensorMode(allow_non_fake_inputs=True) as fake,
             Unwritten(x for x in held_by(model) if isinstance(x, Tensor)),
-            within or nullcontext(),
         ):
-            model.eval()
+            model.eval()  # which may write weights, as LoRA does
             shapes_as = {"dtype": like.dtype, "device": like.device}
-            model(*(fake.from_tensor(x) if isinstance(x, Tensor) else torch.empty(*x, **shapes_as) for x in inputs))
+            fakes = [fake.from_tensor(x) if isinstance(x, Tensor) else torch.empty(*x, **shapes_as) for x in inputs]
+            with within or nullcontext():
+                model(*fakes)
     except Exception as error:  # whatever the model's own code raises
         shapes = ", ".join(str(list(x.shape if isinstance(x, Tensor) else x)) for x in inputs)
         where = f", in or after layer {watch.running!r}" if watch.running else ""

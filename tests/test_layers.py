@@ -234,6 +234,28 @@ def test_observe_leaves_nothing_fake_in_a_model():
     assert model(torch.ones(1, 2, 8)).isfinite().all()
 
 
+def test_observe_does_not_write_what_evaluation_mode_writes():
+    """LoRA adds its product to the weight there, and subtracts it in training mode."""
+
+    class Adapted(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 3)
+            self.merged = False
+
+        def train(self, mode=True):
+            super().train(mode)
+            if mode == self.merged:
+                self.weight.data += -1.0 if mode else 1.0
+                self.merged = not mode
+            return self
+
+    model = Adapted()
+    before = model.weight.detach().clone()
+    assert seen(model, [1, 4]) == [("", ())]
+    assert (model.training, model.merged) == (True, False)
+    assert torch.equal(model.weight, before)
+
+
 def test_observe_leaves_no_trace_of_a_model_that_fails():
     class Fails(nn.Module):
         def forward(self, x):
