@@ -118,10 +118,10 @@ def plan_of(
     return _hashed(_layer_plan, weight.shape, *layer)
 
 
-def network_plan_of(weights: Sequence[Tensor], *sizes: list, **options: list) -> str:
+def network_plan_of(weights: Sequence[Tensor], stride: list, padding: list, in_shape: list, **options: list) -> str:
     """The plan of layers one after another; refuses what is no layer."""
-    columns = zip(("stride", "padding", "in_shape"), sizes, strict=True)
-    frozen = tuple((name, _frozen(column)) for name, column in (*columns, *options.items()) if column is not None)
+    columns = {"stride": stride, "padding": padding, "in_shape": in_shape, **options}
+    frozen = tuple([(name, _frozen(column)) for name, column in columns.items() if column is not None])
     return _hashed(_network_plan, tuple([weight.shape for weight in weights]), frozen)
 
 

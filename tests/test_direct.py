@@ -60,8 +60,10 @@ def test_networks(taken):
     layers = [TABLE[name] for name in ("conv2d", "stride_2", "linear")]
     weights = [torch.randn(case.weight_shape) for case in layers]
     args, options = columns(layers)
+    named = dict(zip(("stride", "padding", "in_shape"), args, strict=True))
     results = [ops.norms_many(weights, *args, **options) for _ in range(2)]
-    assert len(taken) == 1
+    results += [ops.norms_many(weights, **named, **options) for _ in range(2)]
+    assert len(taken) == 2
     expected = ops.norms_many.default(weights, *args, **options)
     for result in results:
         torch.testing.assert_close(tuple(result), tuple(expected), rtol=0, atol=0)
