@@ -375,13 +375,13 @@ def test_every_cell_of_a_process_is_compiled(data, monkeypatch):
         return call
 
     monkeypatch.setattr(torch, "compile", lambda module, mode: compile(module, backend=counted))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     monkeypatch.setitem(loop.PAPER, "vgg11", Plain)
     how = dataclasses.replace(PROTOCOL, compiled=True)
     in_an_attack = {"pgd-at": how.train_steps, "alp": how.train_steps, "trades": 1 + how.train_steps}
     for method in METHODS:
         calls = 0
-        loop.Training(CELLS[method], how, data, CPU).one_epoch(lambda news: None)
+        with torch._dynamo.config.patch(recompile_limit=2):
+            loop.Training(CELLS[method], how, data, CPU).one_epoch(lambda news: None)
         assert calls == 4 * (1 + in_an_attack.get(method, 0)), method
 
 

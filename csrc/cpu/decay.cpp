@@ -1,6 +1,6 @@
 // decay_native on the CPU: measures one norm of every layer, writes the newest terms down, and adds what they and the
-// older ones sum up to to the gradients. Layer by layer, each by one thread, in one order: the same bits for any number
-// of threads. convnorm/momentum.py says what the state is.
+// older ones sum up to to the gradients. Each layer by one thread, in one order: the same bits for any number of
+// threads. convnorm/momentum.py says what the state is.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
@@ -187,26 +187,34 @@ void step_layer(const Matrix& weight, const Matrix* grad, const LayerPlan& plan,
     with_number(grad->dtype, [&](auto number) { add_terms<decltype(number)>(*grad, ring, column, rate, shares); });
 }
 
-void take_norms(const std::vector<LayerNorms>& measured, bool linf, Tensor& norms, Tensor& winners) {
-  auto* places = static_cast<int64_t*>(winners.mutable_data_ptr());
-  for (size_t i = 0; i < measured.size(); ++i) {
-    const Best& best = linf ? measured[i].linf : measured[i].l1;
-    if (norms.scalar_type() == ScalarType::Double)
-      static_cast<double*>(norms.mutable_data_ptr())[i] = best.value;
-    else
-      static_cast<float*>(norms.mutable_data_ptr())[i] = static_cast<float>(best.value);
-    places[2 * i] = best.channel;
-    places[2 * i + 1] = best.window;
-  }
-}
+// Where the norms and the winners of each layer go.
+struct Found {
+  Tensor norms, winners;
+  bool linf;
 
+  void take(int64_t layer, const LayerNorms& measured) const {
+    const Best& best = linf ? measured.linf : measured.l1;
+    if (norms.scalar_type() == ScalarType::Double)
+      static_cast<double*>(norms.mutable_data_ptr())[layer] = best.value;
+    else
+      static_cast<float*>(norms.mutable_data_ptr())[layer] = static_cast<float>(best.value);
+    auto* place = static_cast<int64_t*>(winners.mutable_data_ptr()) + 2 * layer;
+    place[0] = best.channel;
+    place[1] = best.window;
+  }
+  Best winner(int64_t layer) const {
+    const auto* place = static_cast<const int64_t*>(winners.const_data_ptr()) + 2 * layer;
+    return {0, place[0], place[1]};
+  }
+};
+
+// A step of all layers, each as soon as its winner is found, while some of its weights are in the cache.
 template <class Term>
-void step(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, const Plan& plan, const Tensor& winners,
-          Tensor& signs, Tensor& channels, Tensor& clock, const Tensor& rates, double momentum, bool linf) {
+void step(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, const Plan& plan, const Found& found,
+          Tensor& signs, Tensor& channels, Tensor& clock, const Tensor& rates, double momentum, bool measured) {
   const int64_t layers = static_cast<int64_t>(weights.size()), terms = signs.size(0), length = signs.size(1);
   auto* ring_channels = static_cast<int64_t*>(channels.mutable_data_ptr());
   auto* ring_signs = static_cast<Term*>(signs.mutable_data_ptr());
-  auto* places = static_cast<const int64_t*>(winners.const_data_ptr());
   auto* layer_rates = static_cast<const double*>(rates.const_data_ptr());
   int64_t& now = *static_cast<int64_t*>(clock.mutable_data_ptr());
   STD_TORCH_CHECK(terms > 0 && now >= 0, "convnorm: the state is that of other weights");
@@ -226,29 +234,39 @@ void step(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, 
                       "convnorm: a gradient is that of another weight");
       check_apart(grads[i]);
     }
-    const bool column = linf == plan[i].transposed;
+    const bool column = found.linf == plan[i].transposed;
     begin.push_back(begin.back() + slice_length(weight_matrices[i], column));
-    const int64_t found = (column ? plan[i].inputs : plan[i].outputs).size();
+    const int64_t windows = (column ? plan[i].inputs : plan[i].outputs).size();
     const int64_t most = weight_matrices[i].groups * (column ? weight_matrices[i].columns : weight_matrices[i].rows);
-    STD_TORCH_CHECK(places[2 * i] >= 0 && places[2 * i] < most && places[2 * i + 1] >= 0 && places[2 * i + 1] < found,
-                    "convnorm: winners are those of other weights");
+    const Best winner = found.winner(i);
+    STD_TORCH_CHECK(
+        !measured || (winner.channel >= 0 && winner.channel < most && winner.window >= 0 && winner.window < windows),
+        "convnorm: winners are those of other weights");
     for (int64_t slot = 0; slot < terms; ++slot)  // a slice of a channel that there is not would be other memory
       STD_TORCH_CHECK(slot == newest || ring_channels[slot * layers + i] < most,
                       "convnorm: the state is that of other weights");
   }
   STD_TORCH_CHECK(begin.back() == length, "convnorm: the state is that of other weights");
-  for (int64_t i = 0; i < layers; ++i) ring_channels[newest * layers + i] = places[2 * i];
-  ++now;
 
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < layers;) {
-      const Ring<Term> ring{ring_signs + begin[i], length, ring_channels + i, layers, terms, newest};
-      const Best winner{0, places[2 * i], places[2 * i + 1]};
-      step_layer(weight_matrices[i], grads[i].numel() ? &grad_matrices[i] : nullptr, plan[i], winner, ring,
-                 linf == plan[i].transposed, layer_rates[i], shares);
-    }
-  });
+  const auto step_one = [&](int64_t i) {
+    const Best winner = found.winner(i);
+    const Ring<Term> ring{ring_signs + begin[i], length, ring_channels + i, layers, terms, newest};
+    ring.channels[newest * layers] = winner.channel;
+    step_layer(weight_matrices[i], grads[i].numel() ? &grad_matrices[i] : nullptr, plan[i], winner, ring,
+               found.linf == plan[i].transposed, layer_rates[i], shares);
+  };
+  if (measured) {
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) {
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < layers;) step_one(i);
+    });
+  } else {
+    measure(weights, plan, found.linf ? Norms::kLinf : Norms::kL1, [&](int64_t i, const LayerNorms& norms) {
+      found.take(i, norms);
+      step_one(i);
+    });
+  }
+  ++now;
 }
 
 void decay_cpu(std::vector<Tensor> weights, std::vector<Tensor> grads, Tensor norms, Tensor winners, Tensor signs,
@@ -262,9 +280,8 @@ void decay_cpu(std::vector<Tensor> weights, std::vector<Tensor> grads, Tensor no
                   "convnorm: the state is that of other weights");
   for (const Tensor& tensor : {norms, winners, signs, channels, rates})
     STD_TORCH_CHECK(tensor.is_contiguous(), "convnorm: the state must be contiguous");
-  if (!measured) take_norms(measure(weights, *plan, linf ? Norms::kLinf : Norms::kL1), linf, norms, winners);
   const auto run = signs.scalar_type() == ScalarType::Char ? step<int8_t> : step<int32_t>;
-  run(weights, grads, *plan, winners, signs, channels, clock, rates, momentum, linf);
+  run(weights, grads, *plan, {norms, winners, linf}, signs, channels, clock, rates, momentum, measured);
 }
 
 // The step, and the norms of what it makes of the weights: block by block, so that the weights are read once for both.
@@ -292,7 +309,9 @@ void sgd_cpu(std::vector<Tensor> weights, std::vector<Tensor> grads, std::vector
                      has_momentum ? buffers[i].mutable_data_ptr() : nullptr, 0, rate[0], rate[1], rate[2], rate[3],
                      (flags[i] & 1) != 0, (flags[i] & 2) != 0, (flags[i] & 4) != 0});
   }
-  take_norms(measure(weights, *plan, linf ? Norms::kLinf : Norms::kL1, steps.data()), linf, norms, winners);
+  const Found found{norms, winners, linf};
+  const auto take = [&](int64_t layer, const LayerNorms& measured) { found.take(layer, measured); };
+  measure(weights, *plan, linf ? Norms::kLinf : Norms::kL1, take, steps.data());
 }
 
 }  // namespace

@@ -12,7 +12,6 @@
 #include <memory>
 #include <new>
 #include <tuple>
-#include <type_traits>
 
 #include "../matrix.h"
 #include "accumulate.h"
@@ -63,7 +62,7 @@ struct Layer {
   int64_t segments, period;
   std::vector<int64_t> taps;  // the offsets of those taps that count
   int64_t rows_per_block, blocks_per_group, groups_per_item;
-  Best best_column, best_row;
+  int64_t first_item, items;
 
   int64_t merged_taps() const { return static_cast<int64_t>(plan->merged.size()); }
   int64_t table_length() const {
@@ -242,31 +241,45 @@ Best best_of_blocks(const Item& first, const Sum* scratch) {
   return best_column(layer, layer.plan->inputs, sums, first.group);
 }
 
-// Runs all items, the larger part of a call. Threads take them off one queue, since they differ in size, and who ends
-// the last block of a group finds its best column.
-void run_all(std::vector<Item>& items, float* float_tables, double* double_tables, bool parallel) {
+LayerNorms best_of(const Layer& layer, const Item* items) {
+  Best column, row;
+  for (const Item* item = items; item < items + layer.items; ++item) {
+    if (item->table < 0 || item->row == 0) column.offer(item->column);
+    row.offer(item->row_best);
+  }
+  return layer.plan->transposed ? LayerNorms{row, column} : LayerNorms{column, row};
+}
+
+// Runs all items, the larger part of a call. Threads take them off one queue, since they differ in size. Who ends the
+// last block of a group finds its best column, and who ends the last item of a layer its norms.
+void run_all(std::vector<Layer>& layers, std::vector<Item>& items, float* float_tables, double* double_tables,
+             bool parallel, const Take& take) {
   std::atomic<size_t> next{0};
   std::vector<std::atomic<int64_t>> ended(items.size());  // of the blocks of the group that begins there
-  auto take = [&](int64_t, int64_t) {
+  std::vector<std::atomic<int64_t>> ended_of(layers.size());
+  auto work = [&](int64_t, int64_t) {
     for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items.size();) {
       Item& item = items[i];
       const Layer& layer = *item.layer;
       layer.wide ? run(item, double_tables) : run(item, float_tables);
-      if (item.table < 0 || !layer.sums_columns || ++ended[item.first] < layer.blocks_per_group) continue;
-      Item& first = items[item.first];
-      first.column = layer.wide ? best_of_blocks(first, double_tables) : best_of_blocks(first, float_tables);
+      if (item.table >= 0 && layer.sums_columns && ++ended[item.first] == layer.blocks_per_group) {
+        Item& first = items[item.first];
+        first.column = layer.wide ? best_of_blocks(first, double_tables) : best_of_blocks(first, float_tables);
+      }
+      const int64_t number = item.layer - layers.data();
+      if (++ended_of[number] == layer.items) take(number, best_of(layer, &items[layer.first_item]));
     }
   };
   if (parallel && items.size() > 1)
-    torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, take);
+    torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, work);
   else
-    take(0, 1);
+    work(0, 1);
 }
 
 }  // namespace
 
-std::vector<LayerNorms> measure(const std::vector<Tensor>& weights, const Plan& plan, Norms norms,
-                                const SgdStretch* steps) {
+void measure(const std::vector<Tensor>& weights, const Plan& plan, Norms norms, const Take& take,
+             const SgdStretch* steps) {
   std::vector<Layer> layers;
   std::vector<Item> items;
   layers.reserve(weights.size());
@@ -277,9 +290,11 @@ std::vector<LayerNorms> measure(const std::vector<Tensor>& weights, const Plan& 
     layer.step = steps ? steps + i : nullptr;
     const Matrix& matrix = layer.matrix;
     elements += matrix.groups * matrix.rows * matrix.row_length();
+    layer.first_item = static_cast<int64_t>(items.size());
     if (layer.blocks_per_group == 1) {
       for (int64_t g = 0; g < matrix.groups; g += layer.groups_per_item)
         items.push_back({&layer, g, std::min(layer.groups_per_item, matrix.groups - g), 0, matrix.rows, -1, 0});
+      layer.items = static_cast<int64_t>(items.size()) - layer.first_item;
       continue;
     }
     int64_t& end = layer.wide ? doubles : floats;
@@ -290,46 +305,35 @@ std::vector<LayerNorms> measure(const std::vector<Tensor>& weights, const Plan& 
         if (layer.sums_columns) end += layer.table_length();
       }
     }
+    layer.items = static_cast<int64_t>(items.size()) - layer.first_item;
   }
 
   thread_local Table<float> float_memory;  // stays: new pages on every call would cost more than the sums
   thread_local Table<double> double_memory;
-  run_all(items, float_memory.of_length(floats), double_memory.of_length(doubles), elements > kParallelElements);
-  for (const Item& item : items) {
-    if (item.table < 0 || item.row == 0) item.layer->best_column.offer(item.column);
-    item.layer->best_row.offer(item.row_best);
-  }
-  std::vector<LayerNorms> measured;
-  measured.reserve(layers.size());
-  for (const Layer& layer : layers)
-    measured.push_back(layer.plan->transposed ? LayerNorms{layer.best_row, layer.best_column}
-                                              : LayerNorms{layer.best_column, layer.best_row});
-  return measured;
+  run_all(layers, items, float_memory.of_length(floats), double_memory.of_length(doubles), elements > kParallelElements,
+          take);
 }
 
 namespace {
 
-void write(const std::vector<LayerNorms>& measured, Tensor& l1, Tensor& linf) {
-  const auto fill = [&](auto* l1s, auto* linfs) {
-    for (const LayerNorms& norms : measured) {
-      *l1s++ = static_cast<std::remove_reference_t<decltype(*l1s)>>(norms.l1.value);
-      *linfs++ = static_cast<std::remove_reference_t<decltype(*linfs)>>(norms.linf.value);
-    }
-  };
-  if (l1.scalar_type() == ScalarType::Double)
-    fill(static_cast<double*>(l1.mutable_data_ptr()), static_cast<double*>(linf.mutable_data_ptr()));
+// One number of a tensor of float32 or float64.
+void write(Tensor& sums, int64_t at, double sum) {
+  if (sums.scalar_type() == ScalarType::Double)
+    static_cast<double*>(sums.mutable_data_ptr())[at] = sum;
   else
-    fill(static_cast<float*>(l1.mutable_data_ptr()), static_cast<float*>(linf.mutable_data_ptr()));
+    static_cast<float*>(sums.mutable_data_ptr())[at] = static_cast<float>(sum);
 }
 
 std::tuple<Tensor, Tensor, Tensor> measure_cpu(std::vector<Tensor> weights, std::string text) {
   const auto plan = read_plan(text);
   Result result = new_result(weights, *plan);
-  const auto measured = measure(weights, *plan, Norms::kBoth);
-  write(measured, result.l1, result.linf);
   auto* winners = static_cast<int64_t*>(result.winners.mutable_data_ptr());
-  for (const LayerNorms& norms : measured)
-    for (int64_t place : {norms.l1.channel, norms.l1.window, norms.linf.channel, norms.linf.window}) *winners++ = place;
+  measure(weights, *plan, Norms::kBoth, [&](int64_t layer, const LayerNorms& norms) {
+    write(result.l1, layer, norms.l1.value);
+    write(result.linf, layer, norms.linf.value);
+    const int64_t places[] = {norms.l1.channel, norms.l1.window, norms.linf.channel, norms.linf.window};
+    std::copy_n(places, 4, winners + 4 * layer);
+  });
   return {result.l1, result.linf, result.winners};
 }
 
@@ -338,7 +342,10 @@ std::tuple<Tensor, Tensor> norms_cpu(Tensor weight, std::string text) {
   STD_TORCH_CHECK(plan->size() == 1, "convnorm: the plan is of other weights");
   const int32_t dtype = sums_dtype({weight});
   Tensor l1 = new_tensor(weight, {}, dtype), linf = new_tensor(weight, {}, dtype);
-  write(measure({weight}, *plan, Norms::kBoth), l1, linf);
+  measure({weight}, *plan, Norms::kBoth, [&](int64_t, const LayerNorms& norms) {
+    write(l1, 0, norms.l1.value);
+    write(linf, 0, norms.linf.value);
+  });
   return {l1, linf};
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <functional>
 #include <vector>
 
 #include "../matrix.h"
@@ -27,9 +28,12 @@ struct LayerNorms {
   Best l1, linf;
 };
 
+// Is told of each layer as soon as it is measured, by the thread that did, while others go on.
+using Take = std::function<void(int64_t layer, const LayerNorms&)>;
+
 // With `steps`, one for each weight, each block of a weight is measured right after its step, while it is in the cache.
 // That is for weights whose elements are one stretch of memory, contiguous.
-std::vector<LayerNorms> measure(const std::vector<Tensor>& weights, const Plan& plan, Norms norms,
-                                const SgdStretch* steps = nullptr);
+void measure(const std::vector<Tensor>& weights, const Plan& plan, Norms norms, const Take& take,
+             const SgdStretch* steps = nullptr);
 
 }  // namespace convnorm
