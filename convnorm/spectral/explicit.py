@@ -73,7 +73,8 @@ def gram_matrices(layer: Layer) -> Tensor:
     or, where these are more work, from M itself.
     """
     sizes = matrix_sizes(layer)
-    if PAIR * layer.weight[0, 0].numel() ** 2 > layer.groups * math.prod(sizes) * min(sizes):
+    more_work = PAIR * layer.weight[0, 0].numel() ** 2 > layer.groups * math.prod(sizes) * min(sizes)
+    if more_work and math.prod(sizes) <= LARGEST**2:
         each = torch.arange(layer.groups, device="cpu").split(1)
         matrices = [explicit_matrix(groups_of(layer, group)).detach().double() for group in each]
         return torch.stack([m.T @ m if sizes[1] <= sizes[0] else m @ m.T for m in matrices])
