@@ -171,3 +171,13 @@ def test_plans_do_not_pile_up(taken, monkeypatch):
     for size in range(3, 20):
         ops.l1(weight(), 1, 1, [size, size])
     assert len(direct._plans) <= 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or bool(why_not("native", "cuda")), reason="needs a GPU")
+def test_gpus_have_a_short_way_too(taken):
+    w = weight().cuda()
+    results = [ops.norms(w, *LAYER) for _ in range(2)]
+    assert len(taken) == 1
+    for result in results:
+        torch.testing.assert_close(tuple(result), tuple(ops.norms.default(w, [1], [1], [8, 8])), rtol=0, atol=0)
+        assert [norm.shape for norm in result] == [(), ()]
