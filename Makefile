@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
+# Most tests compute on one thread.
+IN_PARALLEL = -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test docs lint wheel test-wheel sanitize benchmark gpu clean
 
@@ -10,7 +12,7 @@ demo: $(VENV)/ready  ## the paper's Table 1, measured here in about a minute
 	$(BIN)/python -m pytest --benchmark --quick -q -k table1
 
 test: $(VENV)/ready  ## all tests, on every backend that can run here
-	CONVNORM_REQUIRE_NATIVE=1 $(BIN)/python -m pytest
+	CONVNORM_REQUIRE_NATIVE=1 $(BIN)/python -m pytest $(IN_PARALLEL)
 
 docs: $(VENV)/ready  ## the documentation, to build/docs, without a network; every link in it is checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
@@ -38,9 +40,9 @@ test-wheel: wheel  ## both wheels pass the tests, installed in a clean environme
 	away=$$(mktemp -d) && cp -r tests $$away && here=$$PWD && cd $$away && \
 	$(PYTHON) -m venv clean && clean/bin/pip install -q "$(TORCH)" && \
 	clean/bin/pip install -q "$$(ls $$here/dist/*-abi3-*.whl)[test]" && \
-	CONVNORM_REQUIRE_NATIVE=1 clean/bin/python -m pytest -q tests --long 1000 --seed 1 && \
+	CONVNORM_REQUIRE_NATIVE=1 clean/bin/python -m pytest -q $(IN_PARALLEL) tests --long 1000 --seed 1 && \
 	clean/bin/pip install -q --force-reinstall --no-deps $$here/dist/*-none-any.whl && \
-	clean/bin/python -m pytest -q tests --long 1000 --seed 1 && rm -rf $$away
+	clean/bin/python -m pytest -q $(IN_PARALLEL) tests --long 1000 --seed 1 && rm -rf $$away
 
 SANITIZERS = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g
 sanitize: $(VENV)/ready  ## the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer

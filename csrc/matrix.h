@@ -34,7 +34,8 @@ inline Matrix as_matrix(const Tensor& weight, const LayerPlan& plan) {
   const auto sizes = weight.sizes();
   const auto strides = weight.strides();
   const size_t axes = plan.kernel.size();
-  STD_TORCH_CHECK(sizes.size() == axes + 2 && weight.numel() > 0 && plan.groups > 0 && sizes[0] % plan.groups == 0,
+  STD_TORCH_CHECK(axes <= kMostAxes && sizes.size() == axes + 2 && weight.numel() > 0 && plan.groups > 0 &&
+                      sizes[0] % plan.groups == 0,
                   "convnorm: the plan is of another weight");
   Matrix matrix{};
   matrix.data = weight.const_data_ptr();
