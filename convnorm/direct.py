@@ -25,8 +25,8 @@ from . import backends, library
 MOST_KNOWN = 4096
 PLAIN = (Tensor, nn.Parameter)  # and no subclass
 
-_norms = torch.ops.convnorm.norms_native.default
-_measure = torch.ops.convnorm.measure_native.default
+_norms = torch.ops.convnorm.norms_native.default._op
+_measure = torch.ops.convnorm.measure_native.default._op
 _plans: dict[Hashable, str] = {}  # by all that a call gives but the values of its weights
 
 

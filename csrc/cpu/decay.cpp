@@ -269,9 +269,9 @@ void step(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, 
   ++now;
 }
 
-void decay_cpu(std::vector<Tensor> weights, std::vector<Tensor> grads, Tensor norms, Tensor winners, Tensor signs,
-               Tensor channels, Tensor clock, Tensor rates, double momentum, std::string text, bool linf,
-               bool measured) {
+void decay_cpu(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, const Tensor& norms,
+               const Tensor& winners, Tensor& signs, Tensor& channels, Tensor& clock, const Tensor& rates,
+               double momentum, const std::string& text, bool linf, bool measured) {
   const auto plan = read_plan(text);
   const int64_t layers = static_cast<int64_t>(weights.size());
   STD_TORCH_CHECK(plan->size() == weights.size() && grads.size() == weights.size() && norms.numel() == layers &&
@@ -285,8 +285,9 @@ void decay_cpu(std::vector<Tensor> weights, std::vector<Tensor> grads, Tensor no
 }
 
 // The step, and the norms of what it makes of the weights: block by block, so that the weights are read once for both.
-void sgd_cpu(std::vector<Tensor> weights, std::vector<Tensor> grads, std::vector<Tensor> buffers, Tensor norms,
-             Tensor winners, std::vector<double> rates, std::vector<int64_t> flags, std::string text, bool linf) {
+void sgd_cpu(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, const std::vector<Tensor>& buffers,
+             const Tensor& norms, const Tensor& winners, const std::vector<double>& rates,
+             const std::vector<int64_t>& flags, const std::string& text, bool linf) {
   const auto plan = read_plan(text);
   const size_t layers = weights.size();
   STD_TORCH_CHECK(plan->size() == layers && grads.size() == layers && buffers.size() == layers &&

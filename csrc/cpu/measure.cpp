@@ -255,8 +255,8 @@ LayerNorms best_of(const Layer& layer, const Item* items) {
 void run_all(std::vector<Layer>& layers, std::vector<Item>& items, float* float_tables, double* double_tables,
              bool parallel, const Take& take) {
   std::atomic<size_t> next{0};
-  std::vector<std::atomic<int64_t>> ended(items.size());  // of the blocks of the group that begins there
-  std::vector<std::atomic<int64_t>> ended_of(layers.size());
+  std::vector<std::atomic<int64_t>> ended(items.size() + layers.size());  // blocks of the group that begins there
+  std::atomic<int64_t>* ended_of = ended.data() + items.size();           // items of each layer
   auto work = [&](int64_t, int64_t) {
     for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items.size();) {
       Item& item = items[i];
@@ -324,7 +324,7 @@ void write(Tensor& sums, int64_t at, double sum) {
     static_cast<float*>(sums.mutable_data_ptr())[at] = static_cast<float>(sum);
 }
 
-std::tuple<Tensor, Tensor, Tensor> measure_cpu(std::vector<Tensor> weights, std::string text) {
+std::tuple<Tensor, Tensor, Tensor> measure_cpu(const std::vector<Tensor>& weights, const std::string& text) {
   const auto plan = read_plan(text);
   Result result = new_result(weights, *plan);
   auto* winners = static_cast<int64_t*>(result.winners.mutable_data_ptr());
@@ -337,12 +337,13 @@ std::tuple<Tensor, Tensor, Tensor> measure_cpu(std::vector<Tensor> weights, std:
   return {result.l1, result.linf, result.winners};
 }
 
-std::tuple<Tensor, Tensor> norms_cpu(Tensor weight, std::string text) {
+std::tuple<Tensor, Tensor> norms_cpu(const Tensor& weight, const std::string& text) {
   const auto plan = read_plan(text);
   STD_TORCH_CHECK(plan->size() == 1, "convnorm: the plan is of other weights");
-  const int32_t dtype = sums_dtype({weight});
+  const std::vector<Tensor> weights(1, weight);
+  const int32_t dtype = sums_dtype(weights);
   Tensor l1 = new_tensor(weight, {}, dtype), linf = new_tensor(weight, {}, dtype);
-  measure({weight}, *plan, Norms::kBoth, [&](int64_t, const LayerNorms& norms) {
+  measure(weights, *plan, Norms::kBoth, [&](int64_t, const LayerNorms& norms) {
     write(l1, 0, norms.l1.value);
     write(linf, 0, norms.linf.value);
   });

@@ -5,9 +5,9 @@
 namespace convnorm::cuda {
 namespace {
 
-void decay_cuda(std::vector<Tensor> weights, std::vector<Tensor> grads, Tensor norms, Tensor winners, Tensor signs,
-                Tensor channels, Tensor clock, Tensor rates, double momentum, std::string plan, bool linf,
-                bool measured) {
+void decay_cuda(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, const Tensor& norms,
+                const Tensor& winners, const Tensor& signs, const Tensor& channels, const Tensor& clock,
+                const Tensor& rates, double momentum, const std::string& plan, bool linf, bool measured) {
   const Step step{norms, winners, signs, channels, clock, rates, momentum, linf, measured};
   std::vector<Tensor> all{norms, winners, signs, channels, clock, rates};
   all.insert(all.end(), weights.begin(), weights.end());

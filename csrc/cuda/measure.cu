@@ -13,14 +13,14 @@ bool measure_on(const Stream& stream, const std::vector<Tensor>& weights, const 
 
 namespace {
 
-Measured measure_cuda(std::vector<Tensor> weights, std::string plan) {
+Measured measure_cuda(const std::vector<Tensor>& weights, const std::string& plan) {
   const int32_t device = device_of(weights);
   const DeviceGuard guard(device);
   const Stream stream(device);
   return measure(weights, plan, Cut{kTileBlocks * stream.processors()}, stream);
 }
 
-std::tuple<Tensor, Tensor> norms_cuda(Tensor weight, std::string plan) {
+std::tuple<Tensor, Tensor> norms_cuda(const Tensor& weight, const std::string& plan) {
   const auto [l1, linf, winners] = measure_cuda({weight}, plan);
   return {torch::stable::squeeze(l1, 0), torch::stable::squeeze(linf, 0)};
 }
