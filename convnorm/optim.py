@@ -117,11 +117,13 @@ class SGD(torch.optim.SGD):
             options |= {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
             if sparse:  # as an embedding's may be: for which PyTorch has no fused operator
                 options["fused"] = False
+            else:  # nor does that see how a gradient or a buffer is laid out
+                grads = [_laid_out(grad, weight) for grad, weight in zip(grads, params, strict=True)]
             if group["momentum"] == 0:
                 sgd(params, grads, [], **options)
                 continue
-            # PyTorch's fused operator does not take some new buffers among old ones, nor see how a buffer is laid out,
-            # and where a first step overflows it leaves new buffers as they were found in memory
+            # PyTorch's fused operator does not take some new buffers among old ones, and where a first step overflows
+            # it leaves new buffers as they were found in memory
             missing = any(buffer is None for buffer in buffers)
             skipped = missing and options["found_inf"] is not None and bool(options["found_inf"])
             for new in (True, False) if missing and not skipped else (False,):
@@ -133,10 +135,10 @@ class SGD(torch.optim.SGD):
                     self.state[weight]["momentum_buffer"] = buffer
 
 
-def _laid_out(buffer: Tensor, weight: Tensor) -> Tensor:
+def _laid_out(tensor: Tensor, weight: Tensor) -> Tensor:
     """As its weight is, which may have been given other strides, or another precision, since."""
-    alike = buffer.dtype == weight.dtype and buffer.stride() == weight.stride()
-    return buffer if alike or is_dtensor(weight) else torch.empty_like(weight).copy_(buffer)
+    alike = tensor.dtype == weight.dtype and tensor.stride() == weight.stride()
+    return tensor if alike or is_dtensor(weight) else torch.empty_like(weight).copy_(tensor)
 
 
 def _versions_of(batch: Batch) -> list[int]:

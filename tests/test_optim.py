@@ -285,6 +285,21 @@ def test_weights_of_other_strides_keep_their_momentum(first):
     assert_same(*loops(backward, 3, lambda: network(torch.float64), (1, 3, 8, 8), lr=0.1, momentum=0.9), torch.float64)
 
 
+@pytest.mark.parametrize("momentum", [0, 0.9])
+def test_gradients_of_other_strides_than_their_weights(momentum):
+    """As ``torch.autograd.grad`` gives them for channels last images."""
+
+    def backward(model, step):
+        x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(step)).double()
+        loss = model(x.to(memory_format=torch.channels_last)).square().mean()
+        parameters = list(model.parameters())
+        for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.grad = grad
+
+    options = {"lr": 0.1, "momentum": momentum}
+    assert_same(*loops(backward, 3, lambda: network(torch.float64), (1, 3, 8, 8), **options), torch.float64)
+
+
 @pytest.mark.parametrize("dampening", [0, 0.3])
 def test_a_first_step_that_overflows_leaves_no_momentum(dampening):
     results = []
