@@ -371,7 +371,9 @@ def project_batch_norms_(model: nn.Module, *, bound: float | Tensor) -> nn.Modul
         for tensor in ("weight", "running_var"):
             if getattr(module, tensor) is None:
                 raise GeometryError(f"convnorm: batch norm {name!r} has no {tensor}: nothing to bound its scale by")
-        weight = module.weight
+        weight = module._parameters.get("weight")
+        if weight is None:
+            raise GeometryError(f"convnorm: weight of batch norm {name!r} is computed from others: nothing to write to")
         bounds = bounds_of(bound, module.num_features, weight.device)
         limit = below(bounds * (module.running_var.double() + module.eps).sqrt(), 4)
         if not (weight.isfinite() & module.running_var.isfinite() & ~limit.isnan()).all():  # a bound may be inf

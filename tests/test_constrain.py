@@ -624,6 +624,9 @@ ERRORS = {
     "batch_norm_untracked": (
         lambda: project_batch_norms_(nn.BatchNorm1d(2, track_running_stats=False), bound=1.0), "no running_var",
     ),
+    "batch_norm_computed": (
+        lambda: project_batch_norms_(parametrizations.weight_norm(nn.BatchNorm1d(2)), bound=1.0), "is computed",
+    ),
     "batch_norm_lazy": (lambda: project_batch_norms_(nn.LazyBatchNorm1d(), bound=1.0), "not initialised"),
 }  # fmt: skip
 
