@@ -362,6 +362,7 @@ def project_batch_norms_(model: nn.Module, *, bound: float | Tensor) -> nn.Modul
     Parameter containing:
     tensor([0.0016, 0.5000], requires_grad=True)
     """
+    refuse_sharded(model, WHOLE)
     norms = [(name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
     if not norms:
         raise GeometryError(f"convnorm: model {type(model).__name__} has no batch norm")

@@ -344,16 +344,17 @@ def test_the_state_of_other_rows_is_refused():
 @on_every_rank
 def test_what_takes_whole_weights_refuses_sharded_ones():
     """Also where a forward pass has left them whole: what is written then is lost."""
-    conv = nn.Conv2d(3, 8, 3)
-    projections = [convnorm.Projection(conv, SHAPE, ord=ord, bound=0.1) for ord in (1, 2, math.inf)]
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    projections = [convnorm.Projection(model, SHAPE, ord=ord, bound=0.1) for ord in (1, 2, math.inf)]
     with tempfile.TemporaryDirectory() as folder:
-        recorder = convnorm.Recorder(conv, SHAPE, Path(folder, "norms.csv"))
-        fully_shard(conv, mesh=meshes()["four"])
-        calls = [recorder.step, *(one.step for one in projections), lambda: convnorm.report(conv, SHAPE)]
-        calls += [lambda: convnorm.Projection(conv, SHAPE, bound=1.0)]
+        recorder = convnorm.Recorder(model, SHAPE, Path(folder, "norms.csv"))
+        fully_shard(model, mesh=meshes()["four"])
+        calls = [recorder.step, *(one.step for one in projections), lambda: convnorm.report(model, SHAPE)]
+        calls += [lambda: convnorm.Projection(model, SHAPE, bound=1.0)]
+        calls += [lambda: convnorm.project_batch_norms_(model, bound=1.0)]
         for call in calls:
             with torch.no_grad():
-                conv(torch.randn(SHAPE))
+                model(torch.randn(SHAPE))
             with pytest.raises(RuntimeError, match=r"is sharded: a \w+ takes whole weights"):
                 call()
         recorder.close()
