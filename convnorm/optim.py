@@ -114,22 +114,29 @@ class SGD(torch.optim.SGD):
             sparse = self._init_group(others, params, grads, buffers)
             names = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize", "foreach", "fused")
             options = {"has_sparse_grad": sparse} | {name: group[name] for name in names}
-            options |= {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
-            if sparse:  # as an embedding's may be: for which PyTorch has no fused operator
+            scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+            # PyTorch has no fused operator for sparse gradients, as an embedding's may be; of half precision, on a CPU,
+            # its own leaves most weights as they were
+            if sparse or any(weight.is_cpu and weight.dtype.itemsize < 4 for weight in params):
                 options["fused"] = False
-            else:  # nor does that see how a gradient or a buffer is laid out
+            if options["fused"]:
+                options |= {"grad_scale": scale, "found_inf": found_inf}
                 grads = [_laid_out(grad, weight) for grad, weight in zip(grads, params, strict=True)]
+            elif found_inf:
+                continue
+            elif scale is not None:
+                grads = [grad / scale for grad in grads]
             if group["momentum"] == 0:
                 sgd(params, grads, [], **options)
                 continue
-            # PyTorch's fused operator does not take some new buffers among old ones, and where a first step overflows
-            # it leaves new buffers as they were found in memory
+            # PyTorch's fused operator does not take some new buffers among old ones, nor see how a buffer is laid out,
+            # and where a first step overflows it leaves new buffers as they were found in memory
             missing = any(buffer is None for buffer in buffers)
-            skipped = missing and options["found_inf"] is not None and bool(options["found_inf"])
+            skipped = missing and bool(found_inf)
             for new in (True, False) if missing and not skipped else (False,):
                 own = [i for i, buffer in enumerate(buffers) if (buffer is None) == new]
                 weights = [params[i] for i in own]
-                kept = [None if new else _laid_out(buffers[i], params[i]) for i in own]
+                kept = [buffers[i] if new or not options["fused"] else _laid_out(buffers[i], params[i]) for i in own]
                 sgd(weights, [grads[i] for i in own], kept, **options)
                 for weight, buffer in zip(weights, kept, strict=True):
                     self.state[weight]["momentum_buffer"] = buffer

@@ -49,7 +49,7 @@ def both(model_of=network, ord=1, example=(1, 3, 8, 8), groups=lambda model: mod
         if own:
             optimizer = convnorm.optim.SGD(groups(model), **options, norm_decay=decay)
         else:
-            optimizer = torch.optim.SGD(groups(model), **options, fused=True)
+            optimizer = torch.optim.SGD(groups(model), **options)
             decay.attach(optimizer)
         results.append(train(model, optimizer))
     return results
@@ -285,6 +285,15 @@ def test_weights_of_other_strides_keep_their_momentum(first):
     assert_same(*loops(backward, 3, lambda: network(torch.float64), (1, 3, 8, 8), lr=0.1, momentum=0.9), torch.float64)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_weights_in_half_precision(dtype):
+    def backward(model, step):
+        x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(step)).to(dtype)
+        model(x).square().mean().backward()
+
+    torch.testing.assert_close(*loops(backward, 3, lambda: network(dtype), (1, 3, 8, 8), lr=0.1, momentum=0.9))
+
+
 @pytest.mark.parametrize("momentum", [0, 0.9])
 def test_gradients_of_other_strides_than_their_weights(momentum):
     """As ``torch.autograd.grad`` gives them for channels last images."""
@@ -362,6 +371,28 @@ def test_sparse_gradients_and_complex_parameters_are_stepped_all_the_same(option
             optimizer.zero_grad()
             model(torch.tensor([1, 2])).square().sum().backward()
             optimizer.step()
+        results.append(list(model.parameters()))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "state of another"])
+def test_what_is_not_fused_takes_scaled_gradients(sparse):
+    """For sparse gradients PyTorch has no fused operator, and the state of an optimizer that is not fused says so."""
+    results = []
+    for own in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(10, 4, sparse=sparse), nn.Linear(4, 3))
+        decay, plain = convnorm.NormDecay(model, {"1": ()}, beta=0.0), torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = convnorm.optim.SGD(model.parameters(), lr=0.1, norm_decay=decay) if own else plain
+        optimizer.load_state_dict(optimizer.state_dict() if sparse else plain.state_dict())
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for step in range(4):
+            optimizer.zero_grad()
+            scaler.scale(model(torch.tensor([1, 2])).square().sum()).backward()
+            if step == 1:
+                model[1].bias.grad[0] = math.inf
+            scaler.step(optimizer)
+            scaler.update()
         results.append(list(model.parameters()))
     torch.testing.assert_close(*results)
 
