@@ -103,9 +103,7 @@ class NormDecay:
         self._watch = Watch(self._model) if example is None else None
         if example is not None:
             self._settle(_find(self._model, example))
-            weights = [use.module._parameters.get("weight") for use in self.uses]
-            if all(weight is not None and not weight.is_meta for weight in weights):
-                self.batches()  # now, not at the first step: torch.compile takes step() as it is
+            self._begin()
 
     # --- in the loop -------------------------------------------------------------------------------------------------
 
@@ -239,9 +237,10 @@ class NormDecay:
                 self.beta = state["beta"]
             return
         layers, labels = state["layers"], self._labels()
-        if not layers:
-            self._batches = []  # the state before the first step
-        self.batches()
+        if layers:
+            self.batches()
+        else:
+            self._begin()
         for label in [*labels, *layers] if layers else []:
             if label not in layers or label not in labels:
                 where = "the state" if label in labels else "this model"
@@ -261,6 +260,15 @@ class NormDecay:
         self._has_norms = state["steps"] > 0
         if self._schedule is None:
             self.beta = state["beta"]
+
+    def _begin(self) -> None:
+        """Make the state before the first step, which torch.compile wants to find. It has to wait where weights have no
+        values yet, and is not for those that are computed from others: penalty() takes them.
+        """
+        self._batches = []
+        weights = [use.module._parameters.get("weight") for use in self.uses]
+        if all(weight is not None and not weight.is_meta for weight in weights):
+            self.batches()
 
     def _remembered(self) -> dict[str, dict[str, Tensor]]:
         labels = self._labels()

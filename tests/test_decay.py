@@ -134,6 +134,21 @@ def test_penalty_is_the_sum_of_the_norms_and_its_gradient_that_of_a_step():
         torch.testing.assert_close(weight.grad, gradient)
 
 
+@pytest.mark.parametrize("example", [[1, 4], None])
+def test_the_state_of_a_penalty_of_computed_weights_resumes(example):
+    def penalised(beta):
+        model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
+        return model, convnorm.NormDecay(model, example, beta=beta)
+
+    (model, decay), (other, resumed) = penalised(0.7), penalised(0.1)
+    model(torch.zeros(1, 4))
+    decay.penalty()
+    resumed.load_state_dict(decay.state_dict())
+    other.load_state_dict(model.state_dict())
+    other(torch.zeros(1, 4))
+    assert resumed.penalty() == decay.penalty()
+
+
 @pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
 def test_a_penalty_is_as_precise_as_its_norms(default):
     model = network()
