@@ -19,6 +19,7 @@ namespace convnorm {
 namespace {
 
 constexpr int64_t kMostFetched = 2048, kAhead = 8;  // rows
+constexpr int64_t kParallelStep = 1 << 15;          // elements: with fewer, one thread is faster
 
 // The column, or row, of a channel: element (other, tap) at data[other * step + tap_offsets[tap]].
 template <class Number>
@@ -284,18 +285,19 @@ void decay_cpu(const std::vector<Tensor>& weights, const std::vector<Tensor>& gr
   run(weights, grads, *plan, {norms, winners, linf}, signs, channels, clock, rates, momentum, measured);
 }
 
-// The step, and the norms of what it makes of the weights: block by block, so that the weights are read once for both.
+// A step of all weights. The first are those of the layers: block by block each is stepped and its norms are taken, so
+// that it is read once for both.
 void sgd_cpu(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, const std::vector<Tensor>& buffers,
              const Tensor& norms, const Tensor& winners, const std::vector<double>& rates,
              const std::vector<int64_t>& flags, const std::string& text, bool linf) {
   const auto plan = read_plan(text);
-  const size_t layers = weights.size();
-  STD_TORCH_CHECK(plan->size() == layers && grads.size() == layers && buffers.size() == layers &&
+  const size_t count = weights.size(), layers = plan->size();
+  STD_TORCH_CHECK(layers <= count && grads.size() == count && buffers.size() == count &&
                       norms.numel() == static_cast<int64_t>(layers) && winners.numel() == 2 * norms.numel() &&
-                      rates.size() == 4 * layers && flags.size() == layers,
+                      rates.size() == 4 * count && flags.size() == count,
                   "convnorm: the state is that of other weights");
   std::vector<SgdStretch> steps;
-  for (size_t i = 0; i < layers; ++i) {
+  for (size_t i = 0; i < count; ++i) {
     const bool has_momentum = buffers[i].numel() > 0;
     const ScalarType dtype = weights[i].scalar_type();
     STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
@@ -307,12 +309,18 @@ void sgd_cpu(const std::vector<Tensor>& weights, const std::vector<Tensor>& grad
             "convnorm: weight, gradient and momentum must be contiguous and alike");
     const double* rate = &rates[4 * i];
     steps.push_back({weights[i].mutable_data_ptr(), grads[i].const_data_ptr(),
-                     has_momentum ? buffers[i].mutable_data_ptr() : nullptr, 0, rate[0], rate[1], rate[2], rate[3],
-                     (flags[i] & 1) != 0, (flags[i] & 2) != 0, (flags[i] & 4) != 0});
+                     has_momentum ? buffers[i].mutable_data_ptr() : nullptr, weights[i].numel(), rate[0], rate[1],
+                     rate[2], rate[3], (flags[i] & 1) != 0, (flags[i] & 2) != 0, (flags[i] & 4) != 0});
   }
   const Found found{norms, winners, linf};
   const auto take = [&](int64_t layer, const LayerNorms& measured) { found.take(layer, measured); };
-  measure(weights, *plan, linf ? Norms::kLinf : Norms::kL1, take, steps.data());
+  measure({weights.begin(), weights.begin() + layers}, *plan, linf ? Norms::kLinf : Norms::kL1, take, steps.data());
+  for (size_t i = layers; i < count; ++i) {
+    const bool wide = weights[i].scalar_type() == ScalarType::Double;
+    torch::stable::parallel_for(0, steps[i].length, kParallelStep, [&](int64_t begin, int64_t end) {
+      kernels().sgd[wide](steps[i].part(begin, end - begin, wide ? 8 : 4));
+    });
+  }
 }
 
 }  // namespace
