@@ -81,6 +81,7 @@ REFUSED = {
     "rounding": (Of(lambda x: torch.div(x, 2, rounding_mode="floor")), [2, 3], "not continuous"),
     "integers": (Of(lambda x: x.to(torch.int64)), [2, 3], "rounds to"),
     "limits": (Of(lambda x: torch.clamp(torch.zeros(2, 3), x, x + 1)), [2, 3], "limits|depend"),
+    "limits_spread": (Of(lambda x, w: torch.clamp_min(x, w), w=normal(4).float()), [2, 3, 1], "broadcasts its input"),
     "overwritten": (Overwriting(), [2, 3], "overwritten in place"),
     "no_number": (nn.Linear(3, 2), [2, 3], "node 'linear' .*NaN or inf"),
     "scalar_input": (nn.Identity(), [], "no batch axis"),

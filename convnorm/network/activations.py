@@ -114,12 +114,12 @@ def clamp(call: Call) -> Nonlinear:
     for name in ("min", "max"):
         if call.depends(name):
             raise Refused("between limits that depend on the input")
-    if call.shape != call.source().shape:
-        raise Refused("broadcasts its input")
     return scalar_function(call, 1.0)
 
 
 def scalar_function(call: Call, slope: float) -> Nonlinear:
+    if call.shape != call.source().shape:
+        raise Refused("broadcasts its input")
     if not math.isfinite(slope):
         raise Refused(f"has a slope of {slope}")
     return Nonlinear(call.shape, (call.source(),), constants=lambda ord: slope)
