@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_iter, tree_map
 
@@ -128,6 +128,11 @@ class Walk:
         for node in self.graph.nodes:
             if node.op == "placeholder":
                 content = next(inputs)
+                if isinstance(content, FakeTensor) and node in needed:
+                    raise GeometryError(
+                        f"convnorm: {node.name!r} of {list(content.shape)} has no values: torch.export makes a constant"
+                        " of what .data reads; .detach() reads the same"
+                    )
                 self.values[node] = Value(content)
                 if isinstance(content, Step):
                     self.add(node, content, "input")
