@@ -267,6 +267,30 @@ def test_what_is_written_elsewhere_than_in_the_first_argument_is_seen():
         lipschitz(Of(lambda x: torch.mul(x, 9, out=torch.zeros(2, 3))), [2, 3])
 
 
+class Counting(nn.Module):
+    """Writes a buffer without gradients, and reads it."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.write = write
+        self.register_buffer("count", torch.ones(3))
+
+    def forward(self, x):
+        with torch.no_grad():
+            y = 2 * x
+            self.write(self.count)
+        return y * self.count
+
+
+def test_what_is_written_without_gradients_is_seen():
+    model = Counting(lambda count: count.add_(1))
+    assert [lipschitz(model, [2, 3], ord=1).upper for _ in range(2)] == [4, 4]
+    assert torch.equal(model.count, torch.ones(3))
+    for write in (lambda count: count[:1].mul_(9), torch.enable_grad()(lambda count: count[:1].mul_(9))):
+        with pytest.raises(GeometryError, match="'b_count' was overwritten in place"):
+            lipschitz(Counting(write), [2, 3])
+
+
 def test_operations_in_place_are_those_of_their_results():
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Hardtanh(inplace=True))
     plain = nn.Sequential(model[0], nn.ReLU(), nn.Hardtanh())

@@ -25,6 +25,7 @@ from .calls import RULES, Call, Refused
 from .steps import Input, Joint, Step
 
 CREATING = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")  # by their input's shape alone
+PART = torch.ops.higher_order.wrap_with_set_grad_enabled  # calls another graph
 LIKE = ("type_as", "to", "expand_as")  # likewise, where what is made so is a constant
 
 
@@ -82,6 +83,33 @@ def exported(model: nn.Module, *inputs: Tensor | Sequence[int]) -> torch.export.
         watch.close()
 
 
+def inlined(module: fx.GraphModule) -> fx.Graph:
+    """The graph with what it does without gradients in the place of its call, which conceals what that writes."""
+    if not any(node.target is PART for node in module.graph.nodes):
+        return module.graph
+    graph = fx.Graph()
+    graph.output(_copied(module, graph, {}))
+    return graph
+
+
+def _copied(module: fx.GraphModule, graph: fx.Graph, copies: dict[fx.Node, Any]) -> Any:
+    """A module's nodes at the end of a graph, those of the parts that it calls in place; returns its outputs there."""
+    for node in module.graph.nodes:
+        if node.target is PART:
+            _, part, *given = node.args
+            part = getattr(module, part.target)
+            copies.update(zip(part.graph.find_nodes(op="placeholder"), [copies[x] for x in given], strict=True))
+            copies[node] = _copied(part, graph, copies)
+        elif node.target is operator.getitem and isinstance(copies[node.args[0]], tuple):
+            copies[node] = copies[node.args[0]][node.args[1]]
+        elif node.op == "output":
+            return fx.map_arg(node.args[0], copies.__getitem__)
+        elif node not in copies:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            if node.op == "get_attr":
+                copies[node].meta["held"] = getattr(module, node.target)
+
+
 @dataclass
 class Storage:
     """What a tensor and its views share; ``version`` counts what is written into it."""
@@ -102,7 +130,7 @@ class Walk:
     """Through the nodes of a graph."""
 
     def __init__(self, program: torch.export.ExportedProgram, assume: dict[str, float]) -> None:
-        self.graph = program.graph
+        self.graph = inlined(program.graph_module)
         self.program = program
         self.assume = assume
         self.values: dict[fx.Node, Value] = {}
@@ -137,7 +165,8 @@ class Walk:
                 if isinstance(content, Step):
                     self.add(node, content, "input")
             elif node.op == "get_attr":
-                self.values[node] = Value(getattr(self.program.graph_module, node.target))
+                held = node.meta.get("held")
+                self.values[node] = Value(getattr(self.program.graph_module, node.target) if held is None else held)
             elif node.op == "call_function" and node in needed:
                 self.call(node)
         if unused := [name for name in self.assume if name not in self.used]:
