@@ -267,6 +267,24 @@ def test_what_is_written_elsewhere_than_in_the_first_argument_is_seen():
         lipschitz(Of(lambda x: torch.mul(x, 9, out=torch.zeros(2, 3))), [2, 3])
 
 
+class Stepping(nn.Module):
+    """Assigns a buffer what it has written into it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.ones(3))
+
+    def forward(self, x):
+        self.count += 1
+        return x * self.count
+
+
+def test_a_buffer_that_is_added_to_has_its_new_value():
+    model = Stepping()
+    assert lipschitz(model, [2, 3], ord=1).upper == 2
+    assert torch.equal(model.count, torch.ones(3))
+
+
 class Counting(nn.Module):
     """Writes a buffer without gradients, and reads it."""
 

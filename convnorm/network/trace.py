@@ -231,7 +231,11 @@ class Walk:
         if node in self.regions:
             content, storage = self.assumed(node, self.regions[node]), self.storage_of(node)
             return Value(content, storage, storage.version)
-        contents = tree_map(lambda x: self.read(x) if isinstance(x, fx.Node) else x, (node.args, node.kwargs))
+        replaced = node.args[0] if _operation(node) == "copy" else None  # which is not read
+        contents = tree_map(
+            lambda x: x if not isinstance(x, fx.Node) else self.values[x].content if x is replaced else self.read(x),
+            (node.args, node.kwargs),
+        )
         if node.target is operator.getitem:
             (many, index), _ = contents
             return replace(self.values[node.args[0]], content=many[index])
