@@ -181,6 +181,32 @@ def test_tracing_leaves_a_model_as_it_was():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+class Merging(nn.Linear):
+    """Adds a product to its weight in evaluation mode, and takes it away in training, as LoRA layers do."""
+
+    def __init__(self):
+        super().__init__(3, 3)
+        self.update, self.merged = nn.Parameter(torch.full((3, 3), 5.0)), False
+
+    def train(self, mode=True):
+        if self.merged == mode:
+            self.weight.data += -self.update if mode else self.update
+            self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x):
+        return super().forward(x) + (0 if self.merged else x @ self.update.T)
+
+
+def test_tracing_leaves_weights_that_evaluation_mode_changes():
+    model = nn.Sequential(Merging(), nn.ReLU()).train()
+    before = model[0].weight.clone()
+    found = lipschitz(model, [2, 3], ord=1).upper
+    assert torch.equal(model[0].weight, before)
+    assert (model[0].training, model[0].merged) == (True, False)
+    assert found == lipschitz(model.eval(), [2, 3], ord=1).upper
+
+
 def test_tracing_leaves_no_fake_tensor_in_a_buffer_that_is_made_when_needed():
     class Masked(nn.Linear):
         def __init__(self):

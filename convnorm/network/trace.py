@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_iter, tree_map
 
 from ..geometry import GeometryError
-from ..layers import Watch, plain_name, shape_of, unwrapped
+from ..layers import Watch, as_stored, plain_name, shape_of, unwrapped
 from ..unwritten import restored
 from . import activations, linear, moves, nonlinear  # noqa: F401  their rules
 from .calls import RULES, Call, Refused
@@ -62,6 +62,9 @@ def trace(
 def exported(model: nn.Module, *inputs: Tensor | Sequence[int]) -> torch.export.ExportedProgram:
     """The model's graph in evaluation mode; the model itself is as before."""
     model = unwrapped(model)
+    own = ((module.training, type(module).train, type(module).eval) for module in model.modules())
+    if any(training and found != [nn.Module.train, nn.Module.eval] for training, *found in own):
+        model = as_stored(model)  # they may write weights, as LoRA merges its own
     inputs = tuple(x if isinstance(x, Tensor) else shape_of(x) for x in inputs)
     held = chain(model.parameters(), model.buffers())
     like = next((tensor for tensor in held if tensor.is_floating_point()), torch.empty(0))
