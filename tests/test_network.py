@@ -265,6 +265,21 @@ def test_parametrized_weights_are_those_that_the_layer_uses():
     assert lipschitz(model, [2, 5], ord=1).upper == pytest.approx(exact, rel=1e-6)
 
 
+@pytest.mark.parametrize("drop", [nn.Dropout(), nn.Dropout1d(), nn.AlphaDropout(), nn.RReLU(1, 1)], ids=str)
+def test_a_weight_that_is_dropped_in_training_alone_is_constant(drop):
+    class Dropping(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 2)
+            self.drop = drop
+
+        def forward(self, x):
+            return F.linear(x, self.drop(self.weight))
+
+    model = Dropping()
+    exact = norm_of(model.weight.detach().double(), 1)
+    assert lipschitz(model, [2, 3], ord=1).upper == pytest.approx(exact, rel=1e-12)
+
+
 class Buffered(nn.Module):
     """A factor that is written before it is used."""
 

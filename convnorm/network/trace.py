@@ -265,14 +265,9 @@ class Walk:
         operation = _operation(node)
         if not isinstance(target, torch._ops.OpOverload) or operation not in RULES:
             raise Refused("has no known Lipschitz constant")
-        schema = target._schema.arguments
-        given = dict(zip((a.name for a in schema), args, strict=False)) | kwargs
-        arguments = {
-            a.name: given.get(a.name, a.default_value) for a in schema if a.name in given or a.has_default_value()
-        }
-        if any(name != schema[0].name for name in _written(node)):
+        if any(name != target._schema.arguments[0].name for name in _written(node)):
             raise Refused("writes into what is not its first argument")
-        call = Call(operation, target, arguments, node.meta["val"])
+        call = Call(operation, target, _arguments(target, args, kwargs), node.meta["val"])
         made = RULES[operation](call)
         for meta, step in zip(
             node.meta["val"] if isinstance(made, tuple) else [node.meta["val"]],
@@ -304,10 +299,11 @@ class Walk:
 
     def constant(self, node: fx.Node, args: tuple, kwargs: dict[str, Any]) -> Value:
         target = node.target
-        if isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags:
-            raise GeometryError("convnorm: draws random numbers")
         if not isinstance(target, torch._ops.OpOverload):
             return Value(target(*args, **kwargs))
+        given = _arguments(target, args, kwargs)
+        if torch.Tag.nondeterministic_seeded in target.tags and given.get("train", given.get("training", True)):
+            raise GeometryError("convnorm: draws random numbers")
         storage = self.storage_of(node)
         if _writes(node) or "_norm" in _operation(node):  # of the batch writes statistics, which its schema conceals
             args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
@@ -352,6 +348,12 @@ def _operation(node: fx.Node) -> str:
         return getattr(target, "__name__", str(target))
     name = target._schema.name.removeprefix("aten::")
     return name.rstrip("_") if target._schema.is_mutable else name
+
+
+def _arguments(target: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    schema = target._schema.arguments
+    given = dict(zip((a.name for a in schema), args, strict=False)) | kwargs
+    return {a.name: given.get(a.name, a.default_value) for a in schema if a.name in given or a.has_default_value()}
 
 
 def _writes(node: fx.Node) -> bool:
