@@ -320,6 +320,11 @@ class Stepping(nn.Module):
         return x * self.count
 
 
+def test_what_is_made_like_the_input_has_all_its_samples():
+    counted = Of(lambda x, w: x * torch.ones_like(x).sum(0) * w.expand(len(x), -1), w=torch.ones(3))
+    assert lipschitz(counted, [4, 3], ord=1).upper == 4
+
+
 def test_a_buffer_that_is_added_to_has_its_new_value():
     model = Stepping()
     assert lipschitz(model, [2, 3], ord=1).upper == 2

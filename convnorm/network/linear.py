@@ -130,7 +130,7 @@ def _factors(call: Call, factor: Tensor, divides: bool, shape: Shape) -> Operato
     if factor.numel() == 1:
         return Scalar(shape, _outward_quotient(float(factor)) if divides else float(factor))
     if factor.dim() == len(shape) + 1:
-        if factor.shape[0] != 1:
+        if not factor.equal(factor[:1].expand_as(factor)):
             raise Refused("has another factor for each sample of the batch")
         factor = factor[0]
     factor = factor.reciprocal() if divides else factor

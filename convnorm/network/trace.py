@@ -258,7 +258,8 @@ class Walk:
         content = self.read(x) if isinstance(x, fx.Node) else x
         if not isinstance(content, Step):
             return content
-        return torch.zeros((), dtype=x.meta["val"].dtype).expand(1, *content.shape)
+        meta = x.meta["val"]
+        return torch.zeros((), dtype=meta.dtype, device=meta.device).expand(meta.shape)
 
     def by_rule(self, node: fx.Node, args: tuple, kwargs: dict[str, Any]) -> Step | tuple[Step | None, ...]:
         target = node.target
