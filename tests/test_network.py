@@ -301,6 +301,7 @@ def test_what_is_written_elsewhere_than_in_the_first_argument_is_seen():
     for write in (
         lambda factor, source: torch._foreach_copy_([factor], [source]),
         lambda factor, source: torch._foreach_mul_([source, factor], 2.0),
+        lambda factor, source: [F.batch_norm(source.diag(), source, factor, training=True)],
     ):
         with pytest.raises(GeometryError, match="'b_factor' was overwritten in place"):
             lipschitz(Buffered(write), [2, 3])

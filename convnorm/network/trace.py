@@ -207,7 +207,7 @@ class Walk:
         """The nodes that the output depends on, and those that write."""
         needed: set[fx.Node] = set()
         for node in reversed(self.graph.nodes):
-            if node.op == "output" or node in needed or _writes(node):
+            if node.op == "output" or node in needed or _written(node):
                 needed.update(node.all_input_nodes, [node])
         return needed
 
@@ -266,7 +266,7 @@ class Walk:
         operation = _operation(node)
         if not isinstance(target, torch._ops.OpOverload) or operation not in RULES:
             raise Refused("has no known Lipschitz constant")
-        if any(name != target._schema.arguments[0].name for name in _written(node)):
+        if _writes(node) and any(name != target._schema.arguments[0].name for name in _written(node)):
             raise Refused("writes into what is not its first argument")
         call = Call(operation, target, _arguments(target, args, kwargs), node.meta["val"])
         made = RULES[operation](call)
@@ -291,7 +291,7 @@ class Walk:
         written = [self.values[x].storage for x in tree_iter(_written(node)) if isinstance(x, fx.Node)]
         for storage in written:
             storage.version += 1
-        if written:
+        if written and _writes(node):
             return written[0]
         views = node.target is operator.getitem or "dropout" in _operation(node)
         if isinstance(node.target, torch._ops.OpOverload):
@@ -306,7 +306,7 @@ class Walk:
         if torch.Tag.nondeterministic_seeded in target.tags and given.get("train", given.get("training", True)):
             raise GeometryError("convnorm: draws random numbers")
         storage = self.storage_of(node)
-        if _writes(node) or "_norm" in _operation(node):  # of the batch writes statistics, which its schema conceals
+        if _written(node):
             args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
         return Value(target(*args, **kwargs), storage, storage.version)
 
@@ -363,11 +363,14 @@ def _writes(node: fx.Node) -> bool:
 
 def _written(node: fx.Node) -> dict[str, Any]:
     """The arguments that it writes into: most often the first, ``out``, or a list of them."""
-    if not _writes(node):
+    if not isinstance(node.target, torch._ops.OpOverload):
         return {}
+    given = _arguments(node.target, node.args, node.kwargs)
     schema = node.target._schema.arguments
-    given = dict(zip((a.name for a in schema), node.args, strict=False)) | node.kwargs
-    return {a.name: given.get(a.name) for a in schema if a.alias_info is not None and a.alias_info.is_write}
+    names = [a.name for a in schema if a.alias_info is not None and a.alias_info.is_write]
+    if given.get("training") or given.get("use_input_stats"):
+        names += ["running_mean", "running_var"]  # which the schemas of norms conceal
+    return {name: given[name] for name in names if given.get(name) is not None}
 
 
 def _key(node: fx.Node, path: str) -> str | None:
