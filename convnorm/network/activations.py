@@ -100,6 +100,8 @@ SLOPES_OF: dict[str, Callable[..., float]] = {
 
 @rule(*SLOPES_OF)
 def by_arguments(call: Call) -> Nonlinear:
+    if any(isinstance(value, float) and math.isnan(value) for value in call.arguments.values()):
+        raise Refused("has an argument of nan")
     return scalar_function(call, SLOPES_OF[call.operation](**call.arguments))
 
 

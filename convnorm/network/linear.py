@@ -119,6 +119,8 @@ def scaling(call: Call) -> Linear:
         raise Refused("rounds, which is not continuous")
     name, constant = (one, other) if call.depends(one) else (other, one)
     factor = call.arguments[constant]
+    if isinstance(factor, complex):
+        raise Refused("has a factor that is no real number")
     factor = factor.detach().double() if isinstance(factor, Tensor) else torch.tensor(factor, dtype=torch.float64)
     if not factor.isfinite().all() or (divides and not factor.reciprocal().isfinite().all()):
         raise Refused("has a factor that is no finite number")
@@ -164,11 +166,14 @@ def negation(call: Call) -> Linear:
 @rule("add", "sub", "subtract", "rsub")
 def addition(call: Call) -> Step:
     one, other = tuple(call.arguments)[:2]
-    scale = {one: 1.0, other: float(call.arguments.get("alpha", 1))}
+    alpha = call.arguments.get("alpha", 1)
+    if isinstance(alpha, complex) or not math.isfinite(alpha):
+        raise Refused("has an alpha that is no finite number")
+    scale = {one: 1.0, other: float(alpha)}
     if call.operation != "add":
-        scale[one if call.operation == "rsub" else other] *= -1
+        scale[other] *= -1
     if call.operation == "rsub":  # other - alpha self
-        scale = {one: -float(call.arguments.get("alpha", 1)), other: 1.0}
+        scale = {one: -float(alpha), other: 1.0}
     parts = []
     for name, beside in ((one, other), (other, one)):
         if call.depends(name):
