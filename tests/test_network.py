@@ -550,6 +550,12 @@ def test_jacobians_of_networks_that_write_into_their_input(ord):
     torch.testing.assert_close(found, jacobian_norm(model, x, ord=ord))
 
 
+def test_jacobians_of_networks_that_return_more_than_tensors():
+    x = normal(2, 3)
+    found = jacobian_norm(Of(lambda x: {"logits": 3 * x, "loss": None, "heads": [x, 4]}), x, ord=1)
+    torch.testing.assert_close(found, torch.full((2,), 4.0, dtype=torch.float64))
+
+
 def test_a_tie_of_a_constant_network_has_no_radius():
     bound = lipschitz(Of(lambda x: x * 0), [1, 3])
     assert certified_radius(torch.tensor([[1.0, 1.0], [2.0, 1.0]]), bound).tolist() == [0, math.inf]

@@ -75,7 +75,7 @@ class Jacobian:
         def network(x: Tensor) -> Tensor:
             with same_eps:
                 y = exact(x.clone())  # a network may write into its input
-            parts = torch.utils._pytree.tree_leaves(y)
+            parts = [part for part in torch.utils._pytree.tree_leaves(y) if isinstance(part, Tensor)]
             return torch.cat([part.reshape(len(part), -1) for part in parts], 1)
 
         self.network, self.x = network, x.detach().double()
