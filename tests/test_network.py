@@ -550,6 +550,23 @@ def test_jacobians_of_networks_that_write_into_their_input(ord):
     torch.testing.assert_close(found, jacobian_norm(model, x, ord=ord))
 
 
+class Casting(nn.LayerNorm):
+    """Normalises in float32, as CLIP does, and returns what passes half precision."""
+
+    def forward(self, x):
+        y = super().forward(x.float()).type_as(x)
+        return torch.cat([F.softmax(y, 1, dtype=torch.float32), x.half()], 1)
+
+
+@pytest.mark.parametrize("ord", ORDS)
+def test_jacobians_of_networks_that_cast_are_in_double_precision(ord):
+    plain = Of(lambda x: torch.cat([F.softmax(F.layer_norm(x, (4,), eps=1.0), 1), x], 1))
+    first, last, x = nn.Linear(4, 4), nn.Linear(8, 4).half(), normal(2, 4)
+    middles = Casting(4, eps=1.0), plain
+    found, expected = (jacobian_norm(nn.Sequential(first, middle, last), x, ord=ord) for middle in middles)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
 def test_jacobians_of_networks_that_return_more_than_tensors():
     x = normal(2, 3)
     found = jacobian_norm(Of(lambda x: {"logits": 3 * x, "loss": None, "heads": [x, 4]}), x, ord=1)

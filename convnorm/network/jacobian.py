@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import jvp, vjp
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..geometry import GeometryError
 from ..layers import as_stored
@@ -23,7 +24,7 @@ SHORT = 1 - 1e-9  # what a quotient in float64 may be too large by
 
 def jacobian_norm(model: nn.Module, x: Tensor, *, ord: float = 2, steps: int = STEPS) -> Tensor:
     """[batch] in float64: for each sample, a lower bound of the l_ord norm of the Jacobian there, and so of the
-    Lipschitz constant of a network that is differentiable there. In evaluation mode, in float64.
+    Lipschitz constant of a network that is differentiable there. In evaluation mode, in float64, whatever it casts to.
 
         l1: the largest column, |J e_j|_1        linf: the largest row, |J^T e_i|_1        l2: |J v|_2 / |v|_2
 
@@ -64,6 +65,18 @@ class EpsOfRMSNorm(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class InDouble(TorchDispatchMode):
+    """What is cast to another precision stays in float64."""
+
+    def __torch_dispatch__(
+        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(kwargs.get("dtype"), "is_floating_point", False):
+            kwargs = kwargs | {"dtype": torch.float64}
+        return func(*args, **kwargs)
+
+
 class Jacobian:
     """That of each sample of a batch, [batch, ...] to [batch, outputs]; vectors are on the CPU."""
 
@@ -73,7 +86,7 @@ class Jacobian:
         exact, same_eps = exact.double(), EpsOfRMSNorm(default_eps(own))
 
         def network(x: Tensor) -> Tensor:
-            with same_eps:
+            with same_eps, InDouble():
                 y = exact(x.clone())  # a network may write into its input
             parts = [part for part in torch.utils._pytree.tree_leaves(y) if isinstance(part, Tensor)]
             return torch.cat([part.reshape(len(part), -1) for part in parts], 1)
