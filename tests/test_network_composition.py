@@ -54,6 +54,13 @@ def random_layer(rng, in_shape, channel, spatial):
     return LayerOperator(layer, tuple(in_shape), channel, axes)
 
 
+@pytest.mark.parametrize("ord", ORDS)
+def test_a_stride_over_one_place_does_not_spread_circular_padding(ord):
+    model = nn.Sequential(nn.Conv2d(2, 3, 1, 2), nn.Conv2d(3, 2, 3, padding=1, padding_mode="circular")).double()
+    exact = norm_of(matrix_of(model, (2, 1, 1)), ord)
+    assert exact * (1 - 1e-12) <= lipschitz(model, [1, 2, 1, 1], ord=ord, rtol=1e-6).upper <= exact * (1 + 2e-6)
+
+
 def test_two_layers_are_merged_into_the_one_that_does_both(seed):
     merged = {"product": 0, "sum": 0}
     for number in range(1200):

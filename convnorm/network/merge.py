@@ -252,7 +252,7 @@ def convolved(second: Layer, first: Layer) -> Layer | None:
     pointwise = all(k == 1 for k in first.weight.shape[2:])
     mode = padding_mode(first)
     if padding_mode(second) != "zeros":
-        if not pointwise or a.out_shape != a.in_shape or any(map(any, a.padding)):
+        if not pointwise or max(a.stride) > 1 or any(map(any, a.padding)):
             return None
         mode = padding_mode(second)
     if mode != "zeros" and mode == padding_mode(first) and any(map(any, b.padding)):
