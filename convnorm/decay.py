@@ -170,7 +170,7 @@ class NormDecay:
                     f"convnorm: the weight of layer {use.name!r} is sharded: penalty() would gather it, use step()"
                 )
             devices.setdefault(weight.device, []).append(i)
-        rates, terms = self._rates(), []
+        rates, terms = self._rates(self._beta), []
         for device, members in devices.items():
             plan = "".join(plan_of(self.uses[i]).text for i in members)
             norms = library.norms_of([weights[i] for i in members], plan, self.ord == math.inf)
@@ -200,8 +200,8 @@ class NormDecay:
 
     @beta.setter
     def beta(self, beta: Beta) -> None:
-        self._schedule = beta if callable(beta) else None
         self._set_beta(beta(self._steps) if callable(beta) else beta)
+        self._schedule = beta if callable(beta) else None
 
     # --- saving ------------------------------------------------------------------------------------------------------
 
@@ -330,7 +330,7 @@ class NormDecay:
         for use in uses:
             plan_of(use)
         self.uses, self._held = uses, Held(self._model, uses)
-        self._betas()
+        self._rates(self._beta)
 
     def _wants(self, name: str) -> bool:
         return _matches(name, self._include) and not _matches(name, self._exclude)
@@ -338,16 +338,13 @@ class NormDecay:
     def _labels(self) -> list[str]:
         return labels_of(self.uses, lambda use: f" {list(use.in_shape)}", lambda use: f" -> {list(use.out_shape)}")
 
-    def _betas(self) -> list[float]:
-        return [_beta_of(use.name, self._beta) for use in self.uses]
-
-    def _rates(self) -> list[float]:
-        betas = self._betas()
+    def _rates(self, beta: float | Mapping[str, float]) -> list[float]:
+        betas = [_beta_of(use.name, beta) for use in self.uses]
         return betas if self.variant == "released" else [beta / len(betas) for beta in betas]
 
     def _set_beta(self, beta: float | Mapping[str, float]) -> None:
-        self._beta = dict(beta) if isinstance(beta, Mapping) else beta
-        rates = self._rates()
+        rates = self._rates(beta)
+        self._beta = dict(beta) if isinstance(beta, Mapping) else beta  # what is refused changes nothing
         for batch in self._batches:
             batch.rates.copy_(torch.tensor([rates[i] for i in batch.members], dtype=torch.float64))
 

@@ -166,7 +166,8 @@ def test_beta_by_pattern_by_schedule_and_set():
     model = network()
     every = [use.name for use in observe(model, SHAPE)]
     decay = convnorm.NormDecay(model, SHAPE, beta={"linear": 0.0, "*d": 2.0, "*": 1.0}, momentum=0)
-    assert decay._betas() == [0.0 if name == "linear" else 2.0 if name.endswith("d") else 1.0 for name in every]
+    betas = [0.0 if name == "linear" else 2.0 if name.endswith("d") else 1.0 for name in every]
+    assert decay._rates(decay.beta) == [beta / 8 for beta in betas]
     seen = []
     for beta in (0.5, {"*": 0.25}, lambda step: 1.0 + step):
         decay.beta = beta
@@ -185,6 +186,16 @@ def test_beta_by_pattern_is_that_of_the_steps_and_changed_as_a_whole():
         decay.beta["*"] = 0.0
     assert decay.beta == decay.state_dict()["beta"] == {"*": 1.0}
     assert decay.penalty().item() == pytest.approx(sum(convnorm.norms(use.layer).l1.item() for use in decay.uses) / 2)
+
+
+@pytest.mark.parametrize("refused", [math.nan, {"nobody": 1.0}, lambda step: math.inf])
+def test_a_beta_that_is_refused_changes_nothing(refused):
+    decay = convnorm.NormDecay(two(), [1, 4], beta=0.5)
+    before = decay.penalty().item()
+    with pytest.raises(ValueError, match="convnorm: beta"):
+        decay.beta = refused
+    assert decay.beta == decay.state_dict()["beta"] == 0.5
+    assert decay.penalty().item() == before
 
 
 @pytest.mark.parametrize("include", ["linear", ["lin*", "dil*"], "*d"])
