@@ -17,6 +17,7 @@ from .reporting.measure import Progress
 from .reporting.optional import optional
 
 WIDTH = 100  # of a table that goes to a file or a pipe
+RTOL = 1e-2
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -47,7 +48,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", type=int, nargs="+", metavar="SIZE", help="channels and spatial sizes: 3 224 224")
     parser.add_argument("--no-l2", action="store_true", help="l1 and linf only, which take no time")
-    parser.add_argument("--rtol", type=float, default=1e-2, help="how narrow the brackets of l2 are (%(default)s)")
+    parser.add_argument("--rtol", type=float, default=RTOL, help="how narrow the brackets of l2 are (%(default)s)")
     parser.add_argument("--no-batch-norm", action="store_true", help="without norms that include batch norms")
     for kind in ("json", "csv"):
         parser.add_argument(f"--{kind}", metavar="FILE", help=f"write it as {kind.upper()}")
@@ -115,8 +116,15 @@ def show(table: object) -> None:
 def _check(options: argparse.Namespace) -> None:
     """Before anything is measured for a file that could not be written."""
     optional("rich")
-    if options.input and getattr(options, "model", "").endswith(".pt2"):
+    model = getattr(options, "model", "")
+    if options.input and model.endswith(".pt2"):
         raise ValueError(f"convnorm: --input {options.input}: an exported program brings its own sizes")
+    if model.endswith(".json"):
+        names = ("input", "no_l2", "no_batch_norm", "bounds")
+        given = [name for name in names if getattr(options, name)] + ["rtol"] * (options.rtol != RTOL)
+        if given:
+            what = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ValueError(f"convnorm: {what}: a report such as {model!r} is shown as it was measured")
     if options.plot:
         optional("matplotlib")
     for path in filter(None, (options.json, options.csv, options.html, options.plot)):

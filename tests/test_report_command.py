@@ -104,6 +104,7 @@ def networks(tmp_path, monkeypatch):
     torch.export.save(torch.export.export(model, (torch.randn(SHAPE),)), "program.pt2")
     Path("text.pt2").write_text("no program")
     Path("text.json").write_text("no report")
+    report(model, SHAPE, l2=False).to_json("report.json")
     yield model
     sys.modules.pop("networks", None)
 
@@ -228,6 +229,10 @@ WRONG = {
     "no program": ["text.pt2"],
     "sizes for a program": ["program.pt2", *INPUT],
     "no report": ["text.json"],
+    "sizes for a report": ["report.json", *INPUT],
+    "bounds for a report": ["report.json", "--bounds"],
+    "less of a report": ["report.json", "--no-l2"],
+    "another rtol for a report": ["report.json", "--rtol", "1e-3"],
     "no folder": ["networks:network", *INPUT, "--json", "nowhere/report.json"],
     "no picture": ["networks:network", *INPUT, "--plot", "plot.txt"],
     "rtol": ["networks:network", *INPUT, "--rtol", "0"],
