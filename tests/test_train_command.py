@@ -195,6 +195,18 @@ def test_widths_evaluates_what_was_trained_to_the_end(main, plain, tmp_path, mon
     )
 
 
+def test_widths_evaluates_what_it_is_asked_for_only(main, plain, monkeypatch):
+    """Also where an interruption left others trained."""
+    evaluated = []
+    monkeypatch.setitem(command.ENGINES, "local", engine_of({"row": rows.read_one(rows.path(plain, CELL))}, []))
+    monkeypatch.setattr(command.rows, "check_same", lambda *_: None)
+    monkeypatch.setattr(command.evaluate, "evaluate", lambda checkpoint, *_, **__: evaluated.append(checkpoint.stem))
+    for strength in (1, 9):
+        main("widths", "--only", f"resnet18-trades-{strength}-*")
+    widths = len(command.widths.WIDTHS["smoke"])
+    assert evaluated == ["resnet18-trades-1-seed0"] * widths + ["resnet18-trades-9-seed0"] * widths
+
+
 def test_torchrun_is_for_one_network(main, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setitem(command.ENGINES, "local", lambda *_: iter(()))

@@ -190,7 +190,7 @@ def run_widths(options: argparse.Namespace) -> int:
     for part, folder, cells in parts:
         missing = only(rows.missing(folder, cells, part), options)
         failed += fill(missing, Work(part, folder, directory, options.device, options.threads or 1), options)
-        for cell in cells:
+        for cell in only(cells, options):
             place = widths.evaluation(folder, cell)
             file = rows.path(folder, cell)
             trained = file.exists() and "diverged" not in rows.read_one(file)
