@@ -23,7 +23,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from .geometry import Geometry, GeometryError, geometry
 from .plan import LayerPlan, layer_plan
-from .unwritten import Unwritten, held_by, restored
+from .unwritten import Unwritten, held_by, restored, unlogged
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -453,6 +453,7 @@ def observe(
     try:
         with (
             restored(model),
+            unlogged(),
             torch.no_grad(),
             torch.compiler.set_stance("force_eager"),  # compiled code reads memory that fake tensors do not have
             FakeTensorMode(allow_non_fake_inputs=True) as fake,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -54,6 +55,17 @@ def restored(model: nn.Module) -> Iterator[None]:
         for one, content in before:
             one.clear()
             (one.extend if isinstance(one, (list, deque)) else one.update)(content)
+
+
+@contextmanager
+def unlogged() -> Iterator[None]:
+    """Of an operator that refuses fake tensors PyTorch logs the whole stack, and raises an error that says it all."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log.addFilter(nothing := lambda record: False)
+    try:
+        yield
+    finally:
+        log.removeFilter(nothing)
 
 
 class Unwritten(TorchFunctionMode):

@@ -267,8 +267,11 @@ def test_the_command_runs_from_a_shell(networks, tmp_path):
     run = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr == "convnorm: file 'nothing.pt' is not there\n"
-    line[4] = "weights.pt=networks:network"
-    run = subprocess.run([*line, "--no-l2"], env=environment, capture_output=True, text=True, check=False)
+    line[4:] = ["networks:network", "--input", "3", "9", "8"]
+    run = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
+    line[4:] = ["weights.pt=networks:network", *INPUT, "--no-l2"]
+    run = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
 
 

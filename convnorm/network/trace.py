@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_iter, tree_map
 
 from ..geometry import GeometryError
 from ..layers import Watch, as_stored, plain_name, shape_of, unwrapped
-from ..unwritten import restored
+from ..unwritten import restored, unlogged
 from . import activations, linear, moves, nonlinear  # noqa: F401  their rules
 from .calls import RULES, Call, Refused
 from .steps import Input, Joint, Step
@@ -72,7 +72,7 @@ def exported(model: nn.Module, *inputs: Tensor | Sequence[int]) -> torch.export.
         shaped = [x if isinstance(x, Tensor) else torch.empty(x, dtype=like.dtype, device=like.device) for x in inputs]
     watch = Watch(model)
     try:
-        with restored(model):
+        with restored(model), unlogged():
             model.eval()
             return torch.export.export(model, tuple(shaped), strict=False)
     except Exception as error:  # of what torch.export refuses there are many kinds
