@@ -41,6 +41,8 @@ def load_model(name: str) -> nn.Module | ExportedProgram:
     if name.endswith(".pt2"):
         return load_program(name)
     path, equals, factory = name.rpartition("=")  # the last: paths have some, as in "epoch=3.ckpt"
+    if Path(name).is_file():
+        raise ValueError(f"convnorm: MODEL {name!r} is a file: a state dict goes with a model, {name}=MODEL")
     if equals:
         return with_weights(factory_of(factory), path, factory)
     return made(factory_of(name), name)

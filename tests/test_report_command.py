@@ -250,6 +250,15 @@ def test_the_command_refuses_in_one_line(networks, what, capsys):
     assert printed.out == ""
 
 
+@pytest.mark.parametrize("name", ["weights.pt", "epoch=3.ckpt"])
+def test_a_checkpoint_without_its_model_is_told_from_a_module(networks, name, capsys):
+    pytest.importorskip("rich")
+    Path("weights.pt").rename(name)
+    assert command.main(["report", name, *INPUT]) == 2
+    error = f"convnorm: MODEL {name!r} is a file: a state dict goes with a model, {name}=MODEL\n"
+    assert capsys.readouterr().err == error
+
+
 @pytest.mark.parametrize(("package", "name"), [("torchvision", "resnet18"), ("timm", "timm:resnet18")])
 def test_a_missing_package_is_named(networks, package, name, capsys, monkeypatch):
     pytest.importorskip("rich")
