@@ -72,6 +72,7 @@ REFUSED = {
     "batch_softmax": (nn.Softmax(0), [2, 3], "batch axis"),
     "batch_scaled": (Of(lambda x, w: x * w, w=normal(2, 3)), [2, 3], "each sample"),
     "unbatched": (nn.Conv2d(3, 4, 3), [3, 8, 8], "without a batch axis"),
+    "unbatched_linear": (nn.Linear(3, 4), [3], "without a batch axis"),
     "unbatched_pool": (nn.MaxPool2d(2), [3, 8, 8], "without a batch axis"),
     "random": (Of(lambda x: x + torch.rand(3)), [2, 3], "draws random numbers"),
     "dropping": (Of(lambda x: F.dropout(x, training=True)), [2, 3], "drops at random"),

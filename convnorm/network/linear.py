@@ -61,8 +61,10 @@ def along(weight: Tensor, in_shape: Shape, channel: int) -> LayerOperator:
 @rule("linear")
 def fully_connected(call: Call) -> Linear:
     source, weight = call.source("input"), call.constant("weight").detach()
-    if weight.dim() != 2 or not source.shape:
+    if weight.dim() != 2:
         raise Refused("has no matrix")
+    if not source.shape:
+        raise Refused("has an input without a batch axis")
     return linear(call, source, along(weight, source.shape, len(source.shape)))
 
 
