@@ -12,7 +12,10 @@ import convnorm
 
 
 class NormDecayCallback(TrainerCallback):
-    """Steps after clipping, which also unscales the gradients: under fp16 leave ``max_grad_norm`` positive."""
+    """Steps after clipping, which also unscales the gradients: under fp16 leave ``max_grad_norm`` positive.
+
+    Resumes from checkpoints in ``output_dir`` only: the Trainer does not say where another one lies.
+    """
 
     def __init__(self, decay: convnorm.NormDecay) -> None:
         self.decay = decay
