@@ -24,7 +24,7 @@ but for the gradients that have no elements, of layers that got none. ``momentum
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -75,28 +75,28 @@ for name in BACKENDS:
 L1, LINF = 0, 1  # in the order of MEASURE
 
 
-def l1(weight: Tensor, *layer: Any, in_vmap: bool = False, **options: Any) -> Tensor:
-    return _norms([weight], plan_of(weight, *layer, **options), in_vmap, wanted=(L1,))[0].squeeze(0)
+def l1(weight: Tensor, *layer: Any, **options: Any) -> Tensor:
+    return _norms([weight], plan_of(weight, *layer, **options), wanted=(L1,))[0].squeeze(0)
 
 
-def linf(weight: Tensor, *layer: Any, in_vmap: bool = False, **options: Any) -> Tensor:
-    return _norms([weight], plan_of(weight, *layer, **options), in_vmap, wanted=(LINF,))[0].squeeze(0)
+def linf(weight: Tensor, *layer: Any, **options: Any) -> Tensor:
+    return _norms([weight], plan_of(weight, *layer, **options), wanted=(LINF,))[0].squeeze(0)
 
 
-def norms(weight: Tensor, *layer: Any, in_vmap: bool = False, **options: Any) -> tuple[Tensor, ...]:
-    return tuple([norm.squeeze(0) for norm in _norms([weight], plan_of(weight, *layer, **options), in_vmap)])
+def norms(weight: Tensor, *layer: Any, **options: Any) -> tuple[Tensor, ...]:
+    return tuple([norm.squeeze(0) for norm in _norms([weight], plan_of(weight, *layer, **options))])
 
 
-def norms_many(weights: list[Tensor], *sizes: list, in_vmap: bool = False, **options: list) -> tuple[Tensor, ...]:
+def norms_many(weights: list[Tensor], *sizes: list, **options: list) -> tuple[Tensor, ...]:
     if not weights:
         raise GeometryError("convnorm: weights [] is empty")
-    return _norms(weights, network_plan_of(weights, *sizes, **options), in_vmap)
+    return _norms(weights, network_plan_of(weights, *sizes, **options))
 
 
 # Composite: autograd, vmap and tracing see the operators that these are made of, not these.
 for public in (l1, linf, norms, norms_many):
-    lib.impl(public.__name__, public, "CompositeImplicitAutograd")
-    lib.impl(public.__name__, partial(public, in_vmap=True), "FuncTorchBatched")
+    for key in ("CompositeImplicitAutograd", "FuncTorchBatched"):
+        lib.impl(public.__name__, public, key)
 
 
 def plan_of(
@@ -188,17 +188,20 @@ def _device_of(weights: Sequence[Tensor]) -> torch.device:
 
 def norms_of(weights: list[Tensor], plan: str, linf: bool) -> Tensor:
     """[N], the norms of so many layers, differentiable."""
-    return _norms(weights, plan, False, wanted=(LINF if linf else L1,))[0]
+    return _norms(weights, plan, wanted=(LINF if linf else L1,))[0]
 
 
-def _norms(weights: list[Tensor], plan: str, in_vmap: bool, wanted: Sequence[int] = (L1, LINF)) -> tuple[Tensor, ...]:
+def _norms(weights: list[Tensor], plan: str, wanted: Sequence[int] = (L1, LINF)) -> tuple[Tensor, ...]:
     """[N] each."""
     *values, winners = read(weights, plan)
-    # inside vmap a tensor does not say whether what it is a batch of requires grad, nor a dual tensor that it is one
-    hidden = in_vmap or forward_ad._current_level >= 0
-    if hidden or (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
+    if transformed() or (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
         return tuple(_differentiable(values[i], winners[:, i], weights, plan, i == L1) for i in wanted)
     return tuple([values[i] for i in wanted])
+
+
+def transformed() -> bool:
+    """Inside ``torch.func`` or forward differentiation, where a tensor does not say whether it takes part."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _differentiable(values: Tensor, winners: Tensor, weights: list[Tensor], plan: str, of_columns: bool) -> Tensor:

@@ -16,7 +16,7 @@ from .ball import Ball, Face, ball_of, below, nearest, on_face, settle, tables_o
 from .geometry import GeometryError
 from .layers import Layer, as_layer
 from .plan import read_plan
-from .spectral.rescale import clip, rescale, transformed
+from .spectral.rescale import clip, rescale
 
 IN_CACHE, IN_MEMORY = 1 << 16, 1 << 22  # weights, in float64, in a few tables as large, or at worst taps times as large
 
@@ -140,7 +140,7 @@ def project_weight(weight: Tensor, bounds: Tensor, constraint: Constraint) -> Te
         weight, bounds, constraint.plan, constraint.column
     )
     seen = torch.is_grad_enabled() and (weight.requires_grad or bounds.requires_grad)
-    if not seen and not transformed():
+    if not seen and not library.transformed():
         return projected
     with torch.autocast(weight.device.type, enabled=False):  # in which matrix products would be of half precision
         linear = _linear(weight, bounds, Face(signs, active), counts, merged, constraint)

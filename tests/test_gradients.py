@@ -239,6 +239,20 @@ def test_gradient_reaches_through_vmap(device):
     assert torch.equal(ensemble.grad, expected)
 
 
+def test_gradient_of_a_weight_that_an_inner_transform_does_not_differentiate(device):
+    case, weight = sample("conv2d", device=device)
+    expected = gradients(weight, case)[1][0]
+    two = torch.tensor(2.0, dtype=weight.dtype, device=device)
+
+    def slope(w, transform=torch.func.grad):
+        """Of a factor of the norm: the norm itself."""
+        return transform(lambda factor: factor * ops.l1(w, *case.args))(two)
+
+    assert torch.equal(torch.func.grad(slope)(weight), expected)
+    for transform in (torch.func.grad, torch.func.jacrev, torch.func.jacfwd):
+        assert torch.equal(torch.autograd.grad(slope(weight.requires_grad_(), transform), weight)[0], expected)
+
+
 def test_forward_mode_is_right_or_refused(device):
     case, weight = sample("circular", device=device)
     expected = gradients(weight, case)[1][0]

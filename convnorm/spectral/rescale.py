@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.library import Library, register_fake
 
 from ..ball import toward_zero
 from ..geometry import GeometryError
 from ..layers import Layer
+from ..library import transformed
 from .bounds import sqrt_l1_linf
 from .circle import circle_of, power_of_two, with_read_taps
 from .clip import NEAR, nearest
@@ -149,11 +149,6 @@ def rescale(layer: Layer, bound: Tensor) -> Tensor:
     share = torch.where(over, bound / (torch.where(over, upper, 1) + (moved - moved.detach())), 1)
     linear = exact * share
     return rescaled + (linear - linear.detach()).to(weight.dtype)
-
-
-def transformed() -> bool:
-    """Inside ``torch.func`` or forward differentiation, where a tensor does not say whether it takes part."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _derivatives(x: Tensor) -> int:
