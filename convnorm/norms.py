@@ -114,7 +114,8 @@ def subgradient(
     rows_per_group = one.weight.shape[0] // one.groups
     places = torch.stack([group * rows_per_group + row, col, *others])
     values = values[(first, *others)]
-    return torch.sparse_coo_tensor(places, values, one.weight.shape, check_invariants=False).coalesce()
+    sparse = torch.sparse_coo_tensor(places, values, one.weight.shape, device=values.device, check_invariants=False)
+    return sparse.coalesce()
 
 
 def witness(layer: nn.Module | Tensor, in_shape: Sequence[int] = (), *, ord: float = 1, **options: Any) -> Tensor:

@@ -19,7 +19,7 @@ from . import library
 from .batch import Batch
 from .layers import Use
 from .plan import read_plan
-from .winners import as_matrix, slice_index, window_counts
+from .winners import as_matrix, slice_index
 
 
 def takes_part(use: Use) -> bool:
@@ -54,7 +54,8 @@ class Released(Batch):
             average = as_matrix(self._averages[i].mul_(self.momentum), layer)
             signs = as_matrix(weight, layer)[index].sign().to(average.dtype)
             if not layer.sees_all(column):
-                signs = torch.where(window_counts(winner, text, column) > 0, signs, average[index])
+                counts = torch.ops.convnorm.window_counts(winner, text, column)
+                signs = torch.where(counts > 0, signs, average[index])
             average[index] = signs
             if weight.grad is not None and weight.requires_grad:
                 weight.grad.add_(self._averages[i] * rates[i].to(weight.dtype))

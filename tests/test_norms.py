@@ -13,9 +13,11 @@ import torch
 from cases import TABLE, replay
 from test_layers import MODULES, build, linear_part
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import convnorm
 from convnorm import GeometryError, Norms, norms, subgradient, witness
+from convnorm.winners import _window_table
 
 inf = math.inf
 BOUNDS = ("l2_bound", "frobenius", "frobenius_bound")
@@ -165,6 +167,25 @@ def test_sparse_and_dense_subgradients_are_the_gradient(device, seed, numbers):
             assert close((dense.double() * weight.double()).sum(), norm.item(), weight), f"ord {ord}. {again}"
             assert not sparse.requires_grad, again
             assert not dense.requires_grad, again
+
+
+def test_the_default_device_changes_no_subgradient(device):
+    case = TABLE["stride_2"]
+    weight = torch.randn(case.weight_shape, device=device)
+    expected = subgradient(weight, case.in_shape, **options_of(case))
+    _window_table.cache_clear()
+    with torch.device("meta"):
+        for layout in ("sparse", "dense"):
+            g = subgradient(weight, case.in_shape, layout=layout, **options_of(case))
+            assert torch.equal(g.to_dense(), expected.to_dense())
+
+
+def test_a_subgradient_of_fake_tensors_is_fake(device):
+    case = TABLE["stride_2"]
+    with FakeTensorMode():
+        weight = torch.randn(case.weight_shape, device=device)
+        g = subgradient(weight, case.in_shape, layout="dense", **options_of(case))
+    assert (g.shape, g.dtype, g.device) == (weight.shape, weight.dtype, weight.device)
 
 
 @pytest.mark.parametrize("name", MODULES)
