@@ -29,6 +29,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.eval_frame import set_code_exec_strategy
+from torch._dynamo.types import FrameAction, FrameExecStrategy
 from torch.autograd import forward_ad
 from torch.library import Library, register_fake, register_vmap
 
@@ -93,10 +95,19 @@ def norms_many(weights: list[Tensor], *sizes: list, **options: list) -> tuple[Te
     return _norms(weights, network_plan_of(weights, *sizes, **options))
 
 
+def run_as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compilers take an operator as a whole. But after a graph break ``torch.compile`` goes on with each function of
+    Python that still runs, and what an operator does would be compiled in pieces, for every size anew: not this one,
+    nor what it calls.
+    """
+    set_code_exec_strategy(function.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
+    return function
+
+
 # Composite: autograd, vmap and tracing see the operators that these are made of, not these.
 for public in (l1, linf, norms, norms_many):
     for key in ("CompositeImplicitAutograd", "FuncTorchBatched"):
-        lib.impl(public.__name__, public, key)
+        lib.impl(public.__name__, run_as_it_is(public), key)
 
 
 def plan_of(
@@ -215,7 +226,7 @@ def _differentiable(values: Tensor, winners: Tensor, weights: list[Tensor], plan
 
 
 for kernel in (measure_reference, measure_triton, decay_reference, decay_triton, window_counts):
-    lib.impl(kernel.__name__, torch.no_grad()(kernel), "CompositeExplicitAutograd")
+    lib.impl(kernel.__name__, torch.no_grad()(run_as_it_is(kernel)), "CompositeExplicitAutograd")
 load_native()
 OPAQUE = (
     "window_counts",

@@ -221,6 +221,7 @@ def _nearest(x0: Tensor, bounds: Tensor, ball: Ball) -> tuple[Tensor, Face]:
 
 
 @torch.no_grad()
+@library.run_as_it_is
 def _project(weight: Tensor, bound: Tensor, plan: str, column: bool) -> tuple[Tensor, ...]:
     """``projected`` and what ``on_face`` takes: signs[channels, others, merged taps], active[channels, windows],
     counts[windows, merged taps] and merged[merged taps, taps], which is empty where nothing merges.

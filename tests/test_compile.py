@@ -148,6 +148,24 @@ def test_compile_takes_func_transforms(device):
         torch.testing.assert_close(compiled(argument), function(argument))
 
 
+def test_what_operators_do_is_not_compiled_where_they_run_plainly(device):
+    """As after a graph break."""
+    counter = CompileCounterWithBackend("eager")
+
+    @torch.compiler.disable(recursive=False)
+    def plainly(weight, size):
+        for _ in range(2):
+            norms = ops.norms(weight, 2, 1, [size, size])
+        ops.norms_many([weight], [[2]], [[1]], [[size, size]])
+        return sum(norms)
+
+    compiled = torch.compile(lambda *arguments: plainly(*arguments), backend=counter)
+    for size in (5, 6, 7):
+        for weight in (torch.randn(2, 3, 3, 3, device=device), torch.randn(2, 3, 3, 3, device=device).requires_grad_()):
+            assert compiled(weight, size) == plainly(weight, size)
+    assert counter.frame_count == 0
+
+
 def test_export_holds_the_operator(device):
     model, x = Regularised().to(device), torch.randn(1, 3, 9, 9, device=device)
     exported = torch.export.export(model, (x,))

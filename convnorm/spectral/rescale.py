@@ -23,7 +23,7 @@ from torch.library import Library, register_fake
 from ..ball import toward_zero
 from ..geometry import GeometryError
 from ..layers import Layer
-from ..library import transformed
+from ..library import run_as_it_is, transformed
 from .bounds import sqrt_l1_linf
 from .circle import circle_of, power_of_two, with_read_taps
 from .clip import NEAR, nearest
@@ -205,6 +205,7 @@ def _autograd() -> Iterator[None]:
         yield
 
 
+@run_as_it_is
 def _rescale(weight: Tensor, bound: Tensor, *sizes: Sequence[int], **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """What ``_Rescaled`` takes; the gradient is that of ``upper``, and zero where the weight is within the bound."""
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
