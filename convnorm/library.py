@@ -104,6 +104,8 @@ def run_as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+run_as_it_is(geometry)  # NumPy, which compilers follow with difficulty; others than operators call it too
+
 # Composite: autograd, vmap and tracing see the operators that these are made of, not these.
 for public in (l1, linf, norms, norms_many):
     for key in ("CompositeImplicitAutograd", "FuncTorchBatched"):

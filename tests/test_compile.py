@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import convnorm
+from convnorm.geometry import geometry
 from convnorm.winners import _window_table
 
 ops = torch.ops.convnorm
@@ -157,6 +158,7 @@ def test_what_operators_do_is_not_compiled_where_they_run_plainly(device):
         for _ in range(2):
             norms = ops.norms(weight, 2, 1, [size, size])
         ops.norms_many([weight], [[2]], [[1]], [[size, size]])
+        geometry(weight.shape, (1,), (1,), (size, size))
         return sum(norms)
 
     compiled = torch.compile(lambda *arguments: plainly(*arguments), backend=counter)
