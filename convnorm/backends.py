@@ -85,7 +85,8 @@ def _default(device_type: str) -> str:
 
 
 class use_backend:
-    """From now on, or within a ``with`` block, measure with one backend; None lets each device choose again.
+    """From now on, or within a ``with`` block, measure with one backend; None lets each device choose again. Code that
+    ``torch.compile`` or ``make_fx`` has captured keeps the one that it was captured with.
 
     >>> import torch, convnorm
     >>> with convnorm.use_backend("reference"):
