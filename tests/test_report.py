@@ -109,6 +109,13 @@ def test_a_batch_norm_that_does_not_take_all_is_not_folded(then):
     assert (row.batch_norm, row.folded) == ("", None)
 
 
+def test_a_batch_norm_of_what_a_hook_makes_of_a_layer_is_not_folded():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model[0].register_forward_hook(lambda conv, args, y: y.relu())
+    (row,) = rows(model)
+    assert (row.batch_norm, row.folded) == ("", None)
+
+
 def test_a_batch_norm_is_folded_whatever_module_calls_it():
     (row,) = rows(Between(lambda self, y: (y.shape, self.norm(input=y))[1]))
     assert row.batch_norm == "norm"

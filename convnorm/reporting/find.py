@@ -96,7 +96,8 @@ class Seen(TorchFunctionMode):
             if isinstance(module, LAYERS) and _runs_as_pytorch(module):
                 self._hooks.append(module.register_forward_pre_hook(self._enter))
                 leave = partial(self._leave, plain_name(name))
-                self._hooks.append(module.register_forward_hook(leave, with_kwargs=True))
+                # before other hooks: what they make of the output takes it
+                self._hooks.append(module.register_forward_hook(leave, prepend=True, with_kwargs=True))
         self._hooks.append(model.register_forward_hook(lambda model, args, result: self._consumed(result)))
 
     def close(self) -> None:
