@@ -103,6 +103,31 @@ def test_parts_of_one_parameter_are_layers_of_their_own():
     assert one.name == other.name == "both"
 
 
+class Bank(nn.Module):
+    """One module, run with one weight after another."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1, bias=False)
+        self.bank = nn.ParameterList(torch.randn(3, 3, 3, 3) for _ in range(2))
+
+    def weights(self):
+        return [*self.bank, 2 * self.bank[0], self.conv.weight]
+
+    def forward(self, x):
+        for weight in self.weights():
+            x = torch.func.functional_call(self.conv, {"weight": weight}, (x,))
+        return x
+
+
+def test_a_module_that_runs_with_several_weights_is_several_layers():
+    model = Bank()
+    found = report(model, SHAPE, l2=False)
+    expected = [convnorm.norms(weight, [6, 6], padding=1).l1.item() for weight in model.weights()]
+    assert [(row.name, row.calls, row.norms.l1) for row in found.rows] == [("conv", 1, l1) for l1 in expected]
+    assert found.unmeasured == ()
+
+
 HOOKED = {"weight_norm": nn.utils.weight_norm, "pruned": lambda conv: prune.random_unstructured(conv, "weight", 0.5)}
 
 

@@ -139,10 +139,11 @@ class Seen(TorchFunctionMode):
         if weight is not None and source is None:
             return
 
-        def layer() -> Layer:
-            return replace(use.layer, weight=source.value()) if isinstance(source, Computed) else use.layer
+        def layer() -> Layer:  # of what it ran with, which its own weight may have given way to
+            return use.layer if source is None else replace(use.layer, weight=_value(source))
 
-        self._returned((module, *sizes), Place(name, kind, layer, list(module.parameters())), y)
+        held = list(module.parameters()) if source is None else _held(source)
+        self._returned((module, id(source), *sizes), Place(name, kind, layer, held), y)
 
     def __torch_function__(
         self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -173,7 +174,7 @@ class Seen(TorchFunctionMode):
         source = self._computed.of(weight)
         if source is None or weight.dim() < 2 or self._computed.of(x) is not None:  # what is computed may be a weight
             return
-        held = source.held() if isinstance(source, Computed) else [weight]
+        held = _held(source)
         if not held:  # the same in every model
             return
         name, kind = self._described(held)
@@ -182,8 +183,7 @@ class Seen(TorchFunctionMode):
         transposed = FUNCTIONS[func] is TRANSPOSED
 
         def layer() -> Layer:
-            value = source.value() if isinstance(source, Computed) else source
-            return called_layer(value, shapes[0], options, transposed)
+            return called_layer(_value(source), shapes[0], options, transposed)
 
         self._returned((id(source), *shapes, str(options)), Place(name, kind or func.__name__, layer, held), y)
 
@@ -240,6 +240,14 @@ def _runs_as_pytorch(module: nn.Module) -> bool:
     kind = next(kind for kind in LAYERS if isinstance(module, kind))
     same = [getattr(type(module), name, None) is getattr(kind, name, None) for name in ("forward", "_conv_forward")]
     return all(same) and "forward" not in vars(module)
+
+
+def _value(source: Tensor | Computed) -> Tensor:
+    return source.value() if isinstance(source, Computed) else source
+
+
+def _held(source: Tensor | Computed) -> list[Tensor]:
+    return source.held() if isinstance(source, Computed) else [source]
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
