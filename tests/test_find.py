@@ -94,6 +94,25 @@ def test_a_kernel_that_no_model_holds_makes_no_row():
     assert [row.name for row in found.rows] == ["1"]
 
 
+class Batches(nn.Module):
+    """Layers that are called with several numbers of inputs, by arguments written in several ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.taps, self.linear = nn.Parameter(torch.randn(3, 3, 3, 3)), nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, x):
+        convolved = F.conv2d(x, self.taps, padding=1), F.conv2d(x[0], self.taps, None, (1, 1), (1, 1))
+        return [F.linear(y, self.linear) for y in convolved]
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_numbers_of_inputs_make_no_layers(exported):
+    model = torch.export.export(Batches(), (torch.ones(SHAPE),)) if exported else Batches()
+    found = report(model, None if exported else SHAPE, l2=False)
+    assert [(row.name, row.in_shape, row.calls) for row in found.rows] == [("taps", (6, 6), 2), ("linear", (), 2)]
+
+
 def test_parts_of_one_parameter_are_layers_of_their_own():
     model = Halves()
     one, other = report(model, SHAPE, l2=False).rows

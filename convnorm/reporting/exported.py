@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from ..geometry import GeometryError
-from ..layers import naming
+from ..layers import Layer, naming
 from .calls import BatchNorm, Found, called_layer, is_vector, multiplier
 
 aten = torch.ops.aten
@@ -41,18 +41,19 @@ def find_exported(program: ExportedProgram) -> tuple[list[Found], list[str]]:
     if not isinstance(program, ExportedProgram):
         raise TypeError(f"convnorm: model of type {type(program).__name__} must be an nn.Module or an ExportedProgram")
     tensors = _tensors(program)
-    layers: dict[tuple, list[Node]] = {}
+    uses: dict[tuple, list[tuple[Node, Layer]]] = {}
     for node in program.graph.nodes:
         weight = _arguments(node).get("weight") if _packet(node) in (*KINDS, aten.convolution) else None
         if weight is not None and weight.name in tensors:
-            name, _ = tensors[weight.name]
-            sizes = str(_shape(_arguments(node)["input"]))  # those that are free have no hash
-            layers.setdefault((name, *_options(node).values(), sizes), []).append(node)
+            name, value = tensors[weight.name]
+            with naming(name):
+                layer = _layer(node, value)
+            uses.setdefault((name, *layer.sizes, *layer.options.values()), []).append((node, layer))
     found = []
-    for (name, *_), nodes in layers.items():
+    for (name, *_), own in uses.items():
         with naming(name), torch.no_grad():
-            found.append(_found(name, tensors[_arguments(nodes[0])["weight"].name][1], nodes, tensors))
-    measured = {_memory(tensors[_arguments(nodes[0])["weight"].name][1]) for nodes in layers.values()}
+            found.append(_found(name, own[0][1], [node for node, _ in own], tensors))
+    measured = {_memory(one.layer.weight) for one in found}
     named = _parameters(program).items()
     return found, [name for name, x in named if not is_vector(x) and _memory(x) not in measured]
 
@@ -74,18 +75,21 @@ def _memory(x: Tensor) -> tuple:
     return x.data_ptr(), tuple(x.shape), x.stride()
 
 
-def _found(name: str, weight: Tensor, nodes: list[Node], tensors: dict[str, tuple[str, Tensor]]) -> Found:
-    first = nodes[0]
-    x_shape, options = _shape(_arguments(first)["input"]), _options(first)
+def _layer(node: Node, weight: Tensor) -> Layer:
+    x_shape, options = _shape(_arguments(node)["input"]), _options(node)
     n_axes = weight.dim() - 2
-    transposed = options.pop("transposed", _packet(first) in TRANSPOSED)
-    kind = KINDS.get(_packet(first)) or f"{'ConvTranspose' if transposed else 'Conv'}{n_axes}d"
     for size in x_shape[len(x_shape) - n_axes :]:
         if not isinstance(size, int):
             raise GeometryError(f"convnorm: input size {size} is not fixed: export the model with fixed sizes")
-    layer = called_layer(weight, x_shape, options, transposed)
+    transposed = options.pop("transposed", _packet(node) in TRANSPOSED)
+    return called_layer(weight, x_shape, options, transposed)
+
+
+def _found(name: str, layer: Layer, nodes: list[Node], tensors: dict[str, tuple[str, Tensor]]) -> Found:
+    first, n_axes = nodes[0], len(layer.in_shape)
+    kind = KINDS.get(_packet(first)) or f"{'ConvTranspose' if layer.transposed else 'Conv'}{n_axes}d"
     _ = layer.geometry  # refuses what is no layer
-    channels_second = len(_shape(first)) == n_axes + 2
+    channels_second = all(len(_shape(node)) == n_axes + 2 for node in nodes)
     return Found(
         name.removesuffix(".weight"), kind, layer, len(nodes), _batch_norm(nodes, tensors) if channels_second else None
     )

@@ -178,14 +178,14 @@ class Seen(TorchFunctionMode):
         if not held:  # the same in every model
             return
         name, kind = self._described(held)
-        shapes = tuple(x.shape), tuple(y.shape)
         options = {key: value for key, value in arguments.items() if key not in ("input", "weight", "bias")}
-        transposed = FUNCTIONS[func] is TRANSPOSED
+        called = called_layer(weight, tuple(x.shape), options, FUNCTIONS[func] is TRANSPOSED)
 
         def layer() -> Layer:
-            return called_layer(_value(source), shapes[0], options, transposed)
+            return replace(called, weight=_value(source))
 
-        self._returned((id(source), *shapes, str(options)), Place(name, kind or func.__name__, layer, held), y)
+        key = (id(source), *called.sizes, *called.options.values())
+        self._returned(key, Place(name, kind or func.__name__, layer, held), y)
 
     def _described(self, held: Sequence[Tensor]) -> tuple[str, str]:
         """A name, which several parameters have in common, and the type of module that they are weights of, if one."""
