@@ -57,8 +57,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
     if rows := config.stash.get(ROWS, []):
         terminalreporter.section("norms, norm decay and projections against a bare read of the weights")
         terminalreporter.write_line(table(rows))
-        selected = terminalreporter.stats.get("deselected")
-        if ended and not selected and config.args_source is pytest.Config.ArgsSource.TESTPATHS:
+        selected = terminalreporter.stats.get("deselected") or config.getoption("lf", False)
+        stopped = 0 < (config.option.maxfail or 0) <= len(failed)  # -x
+        if ended and not (selected or stopped) and config.args_source is pytest.Config.ArgsSource.TESTPATHS:
             said(terminalreporter, write(rows, failed, command))
     if cells := config.stash.get(CELLS, []):
         paper, beyond = (table1.Table.of_layers(names, cells) for names in (TABLE1, BEYOND))

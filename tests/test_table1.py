@@ -1,5 +1,7 @@
-"""The promise: the README's main command measures what it says, and what it prints is right."""
+"""The promise: the README's main command measures what it says, what it prints is right, and whole runs are written."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.skipif(not (ROOT / "benchmarks").exists(), reason="away from the source tree there are no benchmarks")
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "benchmarks").exists(), reason="away from the source tree there are no benchmarks"
+)
+
+
 def test_a_kernel_of_table1():
     command = [sys.executable, "-m", "pytest", "--benchmark", "--quick", "-q", "-k", "table1 and 3x3x32x32"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
@@ -27,3 +33,29 @@ def test_a_kernel_of_table1():
     assert ratios["l1, linf: convnorm"] == ratios["l1, linf: PyTorch"] == [1]
     assert (seconds["paper: l2 (VS)"], seconds["paper: linf (ours)"]) == (26.5, 0.00576)
     assert seconds["l1, linf: convnorm"] < seconds["l2: VS as published"]  # a thousandth of it, on any machine
+
+
+ROWS = """
+import pytest
+from .record import Row
+
+@pytest.mark.parametrize("number", range(3))
+def test_some(number, rows):
+    rows.append(Row(str(number), "forward", "native", "cpu", 1, False))
+    assert number != 1
+"""
+
+
+@pytest.mark.parametrize("option", ["-q", "-x", "--lf"])
+def test_only_a_whole_run_is_written(option, tmp_path):
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks", ignore=shutil.ignore_patterns("test_*", "results"))
+    (tmp_path / "benchmarks" / "test_rows.py").write_text(ROWS)
+    for name in ("conftest.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    command = [sys.executable, "-m", "pytest", "--benchmark", "-o", "testpaths=benchmarks"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    if option == "--lf":
+        subprocess.run([*command, "-k", "1"], cwd=tmp_path, env=environment, capture_output=True)
+    done = subprocess.run([*command, option], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "1 failed" in done.stdout, done.stdout + done.stderr
+    assert (tmp_path / "benchmarks" / "results").exists() == (option == "-q")
