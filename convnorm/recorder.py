@@ -146,8 +146,10 @@ class Table:
             raise ValueError(f"convnorm: path {str(path)!r} has other columns than those of the model's layers")
         kept = lines[:1]
         for line in lines[1:]:
-            step = int(line.partition(b",")[0] or -1)
-            if not line.endswith(b"\n") or (start is not None and step >= start):  # cut off, or to be done again
+            if not line.endswith(b"\n"):  # cut off
+                break
+            step = int(line.partition(b",")[0])
+            if start is not None and step >= start:  # to be done again
                 break
             kept.append(line)
             self.first = step + 1 if start is None else start

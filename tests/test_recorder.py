@@ -100,11 +100,13 @@ def test_a_training_that_resumes_drops_what_it_does_again(tmp_path, start):
     assert read(path) == dict(enumerate([*first[:start], *second]))
 
 
-def test_a_line_that_was_cut_off_is_dropped(tmp_path):
+@pytest.mark.parametrize("lost", [b"", bytes(5)], ids=["killed", "power failed"])
+def test_a_line_that_was_cut_off_is_dropped(tmp_path, lost):
     path, model = tmp_path / "norms.csv", network()
     with Recorder(model, SHAPE, path) as recorder:
         expected = train(model, 3, lambda step: recorder.step())
-    path.write_bytes(path.read_bytes()[:-5])
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]) + (lost or lines[-1][:-5]))
     with Recorder(model, SHAPE, path) as recorder:
         expected = [*expected[:2], *train(model, 1, lambda step: recorder.step())]
     assert read(path) == dict(enumerate(expected))
