@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import sys
 
 import numpy as np
@@ -33,6 +34,14 @@ def test_json_is_read_again(found, tmp_path):
 @pytest.mark.parametrize("shape", [np.array(SHAPE), [1, 3, np.int64(8), 8]], ids=["array", "list"])
 def test_json_of_sizes_by_numpy(shape):
     found = report(network(), shape, l2=False)
+    assert Report.from_json(found.to_json()) == found
+
+
+def test_json_of_norms_beyond_float64():
+    layer = nn.Linear(4, 4).double()
+    nn.init.constant_(layer.weight, 1e308)
+    found = report(layer, [1, 4])
+    assert found.rows[0].reshaped == found.rows[0].norms.l1 == math.inf
     assert Report.from_json(found.to_json()) == found
 
 

@@ -71,6 +71,7 @@ class Row:
     def from_dict(values: Mapping[str, Any]) -> Row:
         """Of what ``to_dict`` gave, also by way of JSON."""
         given = {name: _tuples(value) for name, value in values.items()}
+        given["reshaped"] = given["reshaped"] and float(given["reshaped"])  # inf is a string in JSON
         given["norms"] = Measured.from_dict(given["norms"])
         given["folded"] = given["folded"] and Measured.from_dict(given["folded"])
         return Row(**given)
