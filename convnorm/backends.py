@@ -9,6 +9,8 @@ from types import TracebackType
 
 import torch
 
+from .uncompiled import constant_when_compiled
+
 BACKENDS = ("native", "triton", "reference")  # the fastest first
 OLDEST_GPU = {"native": (7, 5), "triton": (7, 0)}  # compute capabilities: setup.py's first target, Triton's own
 
@@ -35,7 +37,7 @@ def load_native() -> None:
         _native_failure = f"the extension does not load: {error}"
 
 
-@torch.compiler.assume_constant_result  # it asks the dispatcher, which compilers do not follow
+@constant_when_compiled  # it asks the dispatcher, which compilers do not follow
 def why_not(backend: str, device_type: str) -> str | None:
     """Why ``backend`` cannot serve a device, or None where it can."""
     if backend == "native":

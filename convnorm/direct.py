@@ -21,6 +21,7 @@ from torch._ops import OpOverloadPacket
 from torch.autograd import forward_ad
 
 from . import backends, library
+from .uncompiled import run_as_it_is
 
 MOST_KNOWN = 4096
 PLAIN = (Tensor, nn.Parameter)  # and no subclass
@@ -33,7 +34,7 @@ _plans: dict[Hashable, str] = {}  # by all that a call gives but the values of i
 class OfLayer(OpOverloadPacket):
     """``l1``, ``linf`` or ``norms``."""
 
-    @library.run_as_it_is
+    @run_as_it_is
     def __call__(self, /, *arguments: Any, **options: Any) -> Any:
         weight = arguments[0] if arguments else None
         if not _is_plain(weight) or _something_follows():
@@ -51,7 +52,7 @@ class OfLayer(OpOverloadPacket):
 class OfNetwork(OpOverloadPacket):
     """``norms_many``"""
 
-    @library.run_as_it_is
+    @run_as_it_is
     def __call__(self, /, *arguments: Any, **options: Any) -> Any:
         weights = arguments[0] if arguments else None
         if type(weights) is not list or not all(map(_is_plain, weights)) or _something_follows():

@@ -28,6 +28,7 @@ from .unwritten import Unwritten, held_by, restored, unlogged
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
+COMPILED = "_orig_mod"  # where a module that torch.compile made has the one that it was made of
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,8 +279,8 @@ def in_numbers(padding: str | Sequence[int], kernel: Sequence[int], dilation: Se
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside torch.compile and DistributedDataParallel, where layers have the names that the user knows."""
     while True:
-        if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
-            model = model._orig_mod
+        if COMPILED in model._modules:
+            model = model._modules[COMPILED]
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         else:
@@ -292,7 +293,7 @@ def plain_name(name: str) -> str:
     >>> plain_name("head._orig_mod.0.weight")
     'head.0.weight'
     """
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    return ".".join(part for part in name.split(".") if part != COMPILED)
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:

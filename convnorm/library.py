@@ -29,8 +29,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.eval_frame import set_code_exec_strategy
-from torch._dynamo.types import FrameAction, FrameExecStrategy
 from torch.autograd import forward_ad
 from torch.library import Library, register_fake, register_vmap
 
@@ -41,6 +39,7 @@ from .kernels.triton_measure import measure_triton
 from .momentum import Momentum, decay_reference
 from .plan import layer_plan, read_plan
 from .reference import measure_reference, result_dtype
+from .uncompiled import run_as_it_is
 from .winners import slice_norm, window_counts, winning_slice
 
 LAYER = (
@@ -93,15 +92,6 @@ def norms_many(weights: list[Tensor], *sizes: list, **options: list) -> tuple[Te
     if not weights:
         raise GeometryError("convnorm: weights [] is empty")
     return _norms(weights, network_plan_of(weights, *sizes, **options))
-
-
-def run_as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compilers take an operator as a whole. But after a graph break ``torch.compile`` goes on with each function of
-    Python that still runs, and what an operator does would be compiled in pieces, for every size anew: not this one,
-    nor what it calls.
-    """
-    set_code_exec_strategy(function.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
-    return function
 
 
 run_as_it_is(geometry)  # NumPy, which compilers follow with difficulty; others than operators call it too

@@ -17,6 +17,7 @@ from .geometry import GeometryError
 from .layers import Layer, as_layer
 from .plan import read_plan
 from .spectral.rescale import clip, rescale
+from .uncompiled import run_as_it_is
 
 IN_CACHE, IN_MEMORY = 1 << 16, 1 << 22  # weights, in float64, in a few tables as large, or at worst taps times as large
 
@@ -221,7 +222,7 @@ def _nearest(x0: Tensor, bounds: Tensor, ball: Ball) -> tuple[Tensor, Face]:
 
 
 @torch.no_grad()
-@library.run_as_it_is
+@run_as_it_is
 def _project(weight: Tensor, bound: Tensor, plan: str, column: bool) -> tuple[Tensor, ...]:
     """``projected`` and what ``on_face`` takes: signs[channels, others, merged taps], active[channels, windows],
     counts[windows, merged taps] and merged[merged taps, taps], which is empty where nothing merges.

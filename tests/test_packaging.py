@@ -59,6 +59,13 @@ def shell(*arguments, options=(), **environment):
     return subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
 
 
+def test_importing_does_not_import_compilers():
+    """Which takes as long as importing PyTorch does."""
+    late = "{'torch._dynamo', 'torch._inductor', 'triton', 'sympy'}"
+    line = [sys.executable, "-c", f"import sys, torch, convnorm; print({late} & set(sys.modules))"]
+    assert subprocess.run(line, check=True, capture_output=True, text=True).stdout == "set()\n"
+
+
 def test_the_command_line_works_without_docstrings():
     assert shell("--help", options=["-OO"]).returncode == 0
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_iter, tree_map
 
 from ..geometry import GeometryError
@@ -61,6 +60,8 @@ def trace(
 
 def exported(model: nn.Module, *inputs: Tensor | Sequence[int]) -> torch.export.ExportedProgram:
     """The model's graph in evaluation mode; the model itself is as before."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # late: it takes a third of a second
+
     model = unwrapped(model)
     own = ((module.training, type(module).train, type(module).eval) for module in model.modules())
     if any(training and found != [nn.Module.train, nn.Module.eval] for training, *found in own):

@@ -23,7 +23,8 @@ from torch.library import Library, register_fake
 from ..ball import toward_zero
 from ..geometry import GeometryError
 from ..layers import Layer
-from ..library import run_as_it_is, transformed
+from ..library import transformed
+from ..uncompiled import run_as_it_is
 from .bounds import sqrt_l1_linf
 from .circle import circle_of, power_of_two, with_read_taps
 from .clip import NEAR, nearest
