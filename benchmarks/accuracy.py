@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from convnorm.geometry import GeometryError
-from convnorm.layers import Layer, Use, observe
+from convnorm.layers import Layer
 from convnorm.spectral.bounds import frobenius, sqrt_l1_linf
 from convnorm.spectral.bracket import Bracket, l2
 from convnorm.spectral.fft import circle_norm, fft_singular_values
@@ -30,6 +30,7 @@ from convnorm.spectral.power_iteration import power_iteration
 from convnorm.spectral.rayleigh import Singular
 from convnorm.spectral.reshaped import four_reshapings, reshaped_estimate
 from convnorm.spectral.tensor_norm import tensor_norm_estimate
+from convnorm.uses import Use, observe
 
 from . import scatter
 from .plot import require

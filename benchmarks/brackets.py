@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 import convnorm
-from convnorm.layers import Use, observe
+from convnorm.uses import Use, observe
 from train import models
 
 from .record import aligned, save, short

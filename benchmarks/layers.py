@@ -9,7 +9,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from convnorm.layers import Layer, as_layer, observe
+from convnorm.layers import Layer, as_layer
+from convnorm.uses import observe
 from train.models import convnext_tiny, resnet18, resnet50
 
 TABLE1 = {  # height x width x inputs x outputs, on inputs of 32x32

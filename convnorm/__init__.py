@@ -28,3 +28,4 @@ from .report import report as report
 from .spectral import Bracket as Bracket
 from .spectral import l2 as l2
 from .spectral import singular_values as singular_values
+from .uses import observe as observe

@@ -14,7 +14,8 @@ from torch import nn
 
 from . import loading, norms, witness
 from .command import add_commands
-from .layers import Use, as_stored, observe
+from .layers import as_stored
+from .uses import Use, observe
 
 TOLERANCE = 1e-5  # relative, of a sum in float32
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from . import library
-from .layers import Use, naming
 from .momentum import no_momentum, slice_counts, slice_lengths
 from .plan import LayerPlan
+from .uses import Use, naming
 
 
 def plan_of(use: Use) -> LayerPlan:

@@ -27,7 +27,7 @@ from torch.nn.utils import parametrize
 from . import library
 from .ball import ball_of, below, toward_zero
 from .geometry import GeometryError
-from .layers import Held, Layer, Use, as_layer, named_layers, naming, observe, unwrapped
+from .layers import Layer, as_layer
 from .project import (
     Constraint,
     bound_of_norm,
@@ -41,6 +41,7 @@ from .project import (
 )
 from .sharded import refuse_sharded
 from .spectral.rescale import Proved, project_norm, rescale
+from .uses import Held, Use, named_layers, naming, observe, unwrapped
 
 WHOLE = "a projection takes whole weights, not those of fully_shard"
 READ_ERROR = 1e-5  # relative, of a norm read in float32: nearer to its bound, a layer is added up in float64
@@ -50,7 +51,7 @@ class Projection:
     """Keeps a model's layers within a bound: ``step()`` projects, in place, those whose norm exceeds it.
 
     ``inputs`` are what the model takes, or their shapes: they say at which sizes each layer is used, as
-    ``layers.observe`` finds out, once. ``bound`` is one number for all layers, or a mapping from the names of the
+    ``observe`` finds out, once. ``bound`` is one number for all layers, or a mapping from the names of the
     layers to be bounded to their bounds: a number, or one for each input (``ord=1``) or output channel (``ord=inf``).
     A weight used at several input sizes, or shared by several layers, is bounded in each of them at once.
 

@@ -22,21 +22,10 @@ from torch.utils.hooks import RemovableHandle
 
 from . import library
 from .batch import Batch, fits, plan_of, weight_of
-from .layers import (
-    Held,
-    Use,
-    Watch,
-    as_layer,
-    current_weight,
-    inputs_of,
-    labels_of,
-    named_layers,
-    naming,
-    observe,
-    unwrapped,
-)
+from .layers import as_layer, current_weight
 from .released import takes_part
 from .sharded import Place, is_dtensor, kind_of, place_of, refuse_sharded, reshard
+from .uses import Held, Use, Watch, inputs_of, labels_of, named_layers, naming, observe, unwrapped
 
 Beta = float | Mapping[str, float] | Callable[[int], float | Mapping[str, float]]
 MOST_MOMENTUM = 0.99  # which takes 1,656 terms of every layer: 24 do for 0.5, 158 for 0.9

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import Held, current_weight, inputs_of, labels_of, observe, unwrapped
+from .layers import current_weight
 from .reporting.measure import columns
 from .reporting.optional import optional
 from .sharded import refuse_sharded
+from .uses import Held, inputs_of, labels_of, observe, unwrapped
 
 WHOLE = "a recorder takes whole weights; norm decay, also with beta=0, has the norms of sharded ones"
 Values = list[list[float]]  # l1, linf of each layer

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from . import library
 from .batch import Batch
-from .layers import Use
 from .plan import read_plan
+from .uses import Use
 from .winners import as_matrix, slice_index
 
 

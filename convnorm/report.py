@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .geometry import GeometryError
-from .layers import inputs_of, shape_of, unwrapped
 from .reporting.bounds import LipschitzBound, lipschitz_bounds
 from .reporting.find import find
 from .reporting.measure import Progress, measure
 from .reporting.row import ORDS, Row
 from .sharded import refuse_sharded
+from .uses import inputs_of, shape_of, unwrapped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

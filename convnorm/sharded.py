@@ -27,11 +27,11 @@ from torch import Tensor, nn
 
 from . import library
 from .batch import Batch, plan_of, weight_of
-from .layers import Use
 from .momentum import add_terms, write_term
 from .plan import LayerPlan
 from .reference import largest, window_sums
 from .released import Released
+from .uses import Use
 from .winners import merge_taps
 
 READ_AT_ONCE = {"cpu": 2**18}  # elements: on a CPU what fits into a cache

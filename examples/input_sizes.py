@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import convnorm
-from convnorm.layers import observe
 from convnorm.released import takes_part
+from convnorm.uses import observe
 
 PICTURE = sys.argv[1] if len(sys.argv) > 1 else "input_sizes.png"
 SIZES = range(1, 11)

@@ -43,7 +43,7 @@ def train(beta: float) -> tuple[dict[str, list[float]], list[float], float]:
 
 histories = {name: train(beta) for name, (beta, _) in RUNS.items()}
 (without, _, accuracy), (with_decay, _, accuracy_with_decay) = histories.values()
-for use in convnorm.layers.observe(network(), IMAGES):
+for use in convnorm.observe(network(), IMAGES):
     at_first = convnorm.norms(use.layer).l1.item()
     assert math.isclose(without[use.name][0], at_first, rel_tol=1e-6)
     assert math.isclose(with_decay[use.name][0], at_first, rel_tol=1e-6)

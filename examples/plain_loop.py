@@ -46,7 +46,7 @@ def train(beta: float) -> tuple[nn.Sequential, float]:
 if __name__ == "__main__":
     (without, accuracy), (with_decay, accuracy_with_decay) = train(beta=0.0), train(beta=0.02)
     print(f"{'l1 norm of layer':>18} {'at first':>10} {'without':>10} {'with norm decay':>16}")
-    for use in convnorm.layers.observe(network(), IMAGES):
+    for use in convnorm.observe(network(), IMAGES):
         models = (network(), without, with_decay)
         norms = [convnorm.norms(model.get_submodule(use.name), use.in_shape).l1.item() for model in models]
         print(f"{use.name:>18} {norms[0]:10.2f} {norms[1]:10.2f} {norms[2]:16.2f}")

@@ -13,7 +13,7 @@ from torch import nn
 
 import convnorm
 from convnorm import __main__ as command
-from convnorm.layers import observe
+from convnorm.uses import observe
 
 NETWORKS = """
 import torch

@@ -13,7 +13,8 @@ from torch import nn
 
 import convnorm
 from convnorm.backends import why_not
-from convnorm.layers import TRANSPOSED, as_layer, observe
+from convnorm.layers import TRANSPOSED, as_layer
+from convnorm.uses import observe
 
 SHAPE = [2, 3, 8, 8]
 

@@ -25,9 +25,10 @@ from torch import nn
 
 import convnorm
 from convnorm.batch import Batch
-from convnorm.layers import as_layer, observe
+from convnorm.layers import as_layer
 from convnorm.plan import read_plan
 from convnorm.sharded import Part, Sharded, _pieces
+from convnorm.uses import observe
 
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("this PyTorch has no torch.distributed with gloo", allow_module_level=True)

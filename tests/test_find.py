@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 import convnorm
 from convnorm import report
 from convnorm.geometry import GeometryError
-from convnorm.layers import observe
 from convnorm.loading import load_model
+from convnorm.uses import observe
 
 SHAPE = [1, 3, 6, 6]
 

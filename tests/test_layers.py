@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import convnorm
 from convnorm.geometry import GeometryError
-from convnorm.layers import as_layer, observe
+from convnorm.layers import as_layer
+from convnorm.uses import observe
 
 # What makes a module, and an input size.
 MODULES = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from convnorm.layers import observe
+from convnorm.uses import observe
 
 measures = pytest.importorskip("train.measures", reason="away from the source tree")
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from convnorm.layers import observe
+from convnorm.uses import observe
 
 methods = pytest.importorskip("train.methods", reason="away from the source tree")
 from train.cell import Cell, protocol  # noqa: E402

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from convnorm.layers import observe
+from convnorm.uses import observe
 
 models = pytest.importorskip("train.models", reason="away from the source tree")
 

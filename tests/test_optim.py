@@ -108,7 +108,7 @@ def test_weights_are_read_once(monkeypatch):
         model[7].weight.mul_(2)
     train(model, optimizer, 2)
     assert seen == [False, True, True, False, True]
-    for use in convnorm.layers.observe(model, [1, 3, 8, 8]):
+    for use in convnorm.observe(model, [1, 3, 8, 8]):
         assert decay.norms[use.name] == convnorm.norms(use.layer).l1
 
 
@@ -124,7 +124,7 @@ def test_norms_have_the_bits_of_the_operators(threads):
         optimizer = convnorm.optim.SGD(model.parameters(), lr=0.1, norm_decay=decay)
         model(torch.randn(2, 128, 2, 2)).square().mean().backward()
         optimizer.step()
-        for use in convnorm.layers.observe(model, [1, 128, 2, 2]):
+        for use in convnorm.observe(model, [1, 128, 2, 2]):
             norms = convnorm.norms(use.layer)
             assert decay.norms[use.name] == (norms.l1 if ord == 1 else norms.linf)
     torch.set_num_threads(1)

@@ -12,8 +12,8 @@ from torch.nn.utils import parametrizations, parametrize
 
 import convnorm
 from convnorm.geometry import GeometryError
-from convnorm.layers import observe
 from convnorm.report import Report, report
+from convnorm.uses import observe
 
 
 @pytest.fixture(scope="module")

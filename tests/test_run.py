@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import convnorm
-from convnorm.layers import observe
+from convnorm.uses import observe
 
 train = pytest.importorskip("train.run", reason="away from the source tree")
 from train import attacks, ranks, rows  # noqa: E402

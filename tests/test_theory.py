@@ -8,7 +8,7 @@ from oracle import matrix
 from torch import nn
 
 import convnorm
-from convnorm.layers import observe
+from convnorm.uses import observe
 
 pytest.importorskip("train.theory", reason="away from the source tree")
 

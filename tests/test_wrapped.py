@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import convnorm
-from convnorm.layers import observe
+from convnorm.uses import observe
 
 
 def network():

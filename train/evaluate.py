@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convnorm.layers import observe
+from convnorm.uses import observe
 
 from . import rows
 from .attacks import RELEASED, STANDARD, autoattack

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import convnorm
-from convnorm.layers import Use
 from convnorm.spectral.circle import circle_of
+from convnorm.uses import Use
 
 from .attacks import pgd
 
@@ -91,7 +91,7 @@ class Spectrum:
 def spectrum(use: Use, largest: int = 2048) -> Spectrum:
     """Of the layer itself if a square matrix of size ``largest`` costs as much to decompose, or the FFT does it.
 
-    >>> from convnorm.layers import observe
+    >>> from convnorm.uses import observe
     >>> [use] = observe(torch.nn.Conv1d(1, 1, 3, padding=1, bias=False), [1, 1, 4])
     >>> len(spectrum(use).values), spectrum(use).circular, spectrum(use, largest=2).circular
     (4, False, True)

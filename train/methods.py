@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import convnorm
-from convnorm.layers import Use
 from convnorm.released import takes_part
 from convnorm.spectral import clip_singular_values
+from convnorm.uses import Use
 
 from .attacks import pgd
 from .cell import Cell, Protocol

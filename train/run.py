@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import convnorm
-from convnorm.layers import Use
+from convnorm.uses import Use
 
 from . import ranks, rows
 from .attacks import autoattack

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import convnorm
-from convnorm.layers import observe
+from convnorm.uses import observe
 
 from . import ranks, rows
 from .cell import Cell, Protocol

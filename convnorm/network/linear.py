@@ -171,27 +171,21 @@ def addition(call: Call) -> Step:
     alpha = call.arguments.get("alpha", 1)
     if isinstance(alpha, complex) or not math.isfinite(alpha):
         raise Refused("has an alpha that is no finite number")
-    scale = {one: 1.0, other: float(alpha)}
-    if call.operation != "add":
-        scale[other] *= -1
-    if call.operation == "rsub":  # other - alpha self
-        scale = {one: -float(alpha), other: 1.0}
+    alpha = float(alpha)
+    factors = {"add": (1.0, alpha), "rsub": (-alpha, 1.0)}.get(call.operation, (1.0, -alpha))  # rsub: other - alpha one
     parts = []
-    for name, beside in ((one, other), (other, one)):
+    for name, beside, factor in zip((one, other), (other, one), factors, strict=True):
         if call.depends(name):
             rank = call.arguments[beside].dim() if isinstance(call.arguments[beside], Tensor) else 0
             source, spread = broadcast(call, name, rank)
-            operator = compose(Scalar(call.shape, scale[name]), spread)
-            same = isinstance(operator, Scalar) and operator.factor == 1
-            parts.append(source if same and len(scale) == 2 else linear(call, source, operator))
+            parts.append((source, compose(Scalar(call.shape, factor), spread)))
     if len(parts) == 1:
-        (part,) = parts
-        return (
-            part
-            if isinstance(part, Linear) and part.inputs and not part.name
-            else linear(call, part, Scalar(call.shape))
-        )
-    return Sum(call.shape, tuple(parts))
+        return linear(call, *parts[0])
+    plain = [isinstance(operator, Scalar) and operator.factor == 1 for _, operator in parts]
+    return Sum(
+        call.shape,
+        tuple(part[0] if same else linear(call, *part) for part, same in zip(parts, plain, strict=True)),
+    )
 
 
 def broadcast(call: Call, name: str, other_rank: int) -> tuple[Step, Operator]:

@@ -17,8 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from ..geometry import GeometryError
-from ..layers import Watch, as_stored, plain_name, shape_of, unwrapped
+from ..layers import as_stored
 from ..unwritten import restored, unlogged
+from ..uses import Watch, plain_name, shape_of, unwrapped
 from . import activations, linear, moves, nonlinear  # noqa: F401  their rules
 from .calls import RULES, Call, Refused
 from .steps import Input, Joint, Step

@@ -15,7 +15,8 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from ..geometry import GeometryError
-from ..layers import Layer, naming
+from ..layers import Layer
+from ..uses import naming
 from .calls import BatchNorm, Found, called_layer, is_vector, multiplier
 
 aten = torch.ops.aten

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
-from ..layers import LAYERS, Layer, Use, evaluating, naming, observe, plain_name, unwrapped
+from ..layers import LAYERS, Layer, evaluating
 from ..unwritten import ASSIGN
+from ..uses import Use, naming, observe, plain_name, unwrapped
 from .calls import BatchNorm, Found, called_layer, is_vector, multiplier
 from .computed import Computations, Computed, Drawn
 

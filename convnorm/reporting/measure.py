@@ -11,12 +11,13 @@ from dataclasses import replace
 import torch
 
 from ..geometry import GeometryError
-from ..layers import Layer, naming
+from ..layers import Layer
 from ..norms import norms, scaled
 from ..spectral.bounds import frobenius
 from ..spectral.bracket import l2 as bracket
 from ..spectral.outward import EPS
 from ..spectral.reshaped import reshaped_estimate
+from ..uses import naming
 from .calls import Found
 from .row import Measured, Row, row_of
 

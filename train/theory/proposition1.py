@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import convnorm
-from convnorm.layers import observe
+from convnorm.uses import observe
 
 
 def fully_connected(

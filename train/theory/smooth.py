@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import convnorm
-from convnorm.layers import observe
+from convnorm.uses import observe
 
 
 def smoothed(network: nn.Module, shape: Sequence[int], error: float) -> nn.Module:
