@@ -547,6 +547,18 @@ def test_autocast_leaves_brackets_alone():
         assert not found.stopped
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.float16, torch.bfloat16])
+def test_the_default_dtype_leaves_brackets_alone(default):
+    layer = as_layer(torch.randn(6, 5, 3, generator=torch.Generator().manual_seed(0)), [80], padding=1)
+    expected = convnorm.l2(layer)
+    torch.set_default_dtype(default)
+    try:
+        found = convnorm.l2(layer)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (found.lower, found.upper) == (expected.lower, expected.upper)
+
+
 def test_lengths_of_long_inputs_are_rounded_downward():
     """An input of equal entries: the sum of its squares is off by ever the same way."""
     n, taps = 1_000_000, 250  # an orthogonal projection, so that every input of equal entries attains the norm

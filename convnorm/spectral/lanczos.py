@@ -85,7 +85,7 @@ def widened(process: Lanczos, layer: Layer) -> Tensor:
     place = torch.unravel_index(energy.argmax(), energy.shape)
     wave = spectrum[(..., *place)]
     for at, n in zip(place, layer.in_shape, strict=True):
-        x = torch.arange(n, device=weight.device)
+        x = torch.arange(n, device=weight.device, dtype=weight.dtype)
         envelope = torch.sin((x + 1) * (math.pi / (n + 1)))
         wave = wave.unsqueeze(-1) * torch.polar(envelope, at * x * (math.pi / n))
     return noisy(wave.real)
