@@ -67,11 +67,11 @@ class GramSymbol:
         kernel = kernel.flatten(2)
         step = max(1, CHUNK // (16 * real.numel()))
         for part in torch.arange(len(points), device=kernel.device).split(step) if len(points) else ():
-            values = (waves[part].flatten(0, 1) @ kernel).view(self.groups, len(part), 2, self._rows, self.size)
+            values = _summed(waves[part].flatten(0, 1), kernel).view(self.groups, len(part), 2, self._rows, self.size)
             both, (real, imaginary) = values.flatten(2, 3), values.unbind(2)
             crossed = real.mT @ imaginary
-            even += 2 * share * spread[part].cos().T @ (both.mT @ both).flatten(2)
-            odd += 2 * share * spread[part].sin().T @ (crossed - crossed.mT).flatten(2)
+            even += _summed(2 * share * spread[part].cos().T, (both.mT @ both).flatten(2))
+            odd += _summed(2 * share * spread[part].sin().T, (crossed - crossed.mT).flatten(2))
         even[:, 0] /= 2
         return even, odd
 
@@ -98,10 +98,15 @@ class GramSymbol:
             step = min(step, max(AT_ONCE, CACHED // size))
         for first in range(0, len(phases), step):
             part = slice(first, first + step)
-            gram = (angles[part].cos() @ self._even).to(dtype.to_real())
+            gram = _summed(angles[part].cos(), self._even).to(dtype.to_real())
             if angles[part].any():
-                gram = torch.complex(gram, (angles[part].sin() @ self._odd).to(dtype.to_real()))
+                gram = torch.complex(gram, _summed(angles[part].sin(), self._odd).to(dtype.to_real()))
             yield part, gram.unflatten(-1, (self.size, self.size))
+
+
+def _summed(factors: Tensor, terms: Tensor) -> Tensor:
+    """factors[F, T] @ terms[groups, T, size], in one product: one for each group would read all factors each time."""
+    return torch.tensordot(factors, terms, ([1], [1])).movedim(0, 1)
 
 
 def circle_phases(circle: Circle) -> Tensor:
