@@ -609,6 +609,18 @@ def test_symbols_are_summed_in_float64():
     torch.testing.assert_close(exact, symbols.mH @ symbols)
 
 
+def test_searches_go_on_where_the_norm_is_known():
+    """Both would rest on another singular value, within some thousandths of the largest."""
+    kernel = torch.randn(3, 3, 4, generator=torch.Generator().manual_seed(189))
+    found = convnorm.l2(kernel, [120], padding=4, dilation=3, rtol=1e-3)
+    assert (found.certificate, found.stopped) == ("explicit matrix", "")
+    values = torch.linspace(0.5, 0.9985, 100, dtype=torch.float64)
+    values[0] = 1
+    turn, _ = torch.linalg.qr(torch.randn(100, 100, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    found = convnorm.l2(turn * values, rtol=1e-3, start=torch.eye(100)[-1:])
+    assert (found.certificate, found.stopped) == ("circle", "")
+
+
 @pytest.mark.parametrize("size", [9.5e307, 1.0, 3e-309])  # float64 has no power of two that brings the first below 1
 def test_a_poor_search_proves_nothing_false(monkeypatch, size):
     layer = as_layer(torch.tensor([[[1.0, 0.0, -1.0]]], dtype=torch.float64) * size, [600], padding=1)
@@ -616,7 +628,7 @@ def test_a_poor_search_proves_nothing_false(monkeypatch, size):
     truth = 2 * math.cos(math.pi / 601) * (size / search.size)
     assert search.lower == pytest.approx(truth, rel=1e-2)
     search.lower /= 1.5
-    monkeypatch.setattr(search, "run", lambda rtol: None)
+    monkeypatch.setattr(search, "keep", lambda right: None)
     circle = circle_of(search.layer)
     of_circle = circle_upper(circle, search.level, search.rtol).item()
     assert truth <= of_circle <= 1.02 * truth

@@ -116,6 +116,11 @@ class Search:
         self.process.run(rtol, MOST_STEPS)
         self.keep(self.process.right())
 
+    def reach(self, upper: float) -> None:
+        """On and on, until the bracket closes or nothing is left: for an ``upper`` that is the norm itself."""
+        while not (self.closed(upper) or self.process.exhausted or self.process.steps >= MOST_STEPS):
+            self.run(self.rtol / 50)
+
     def keep(self, right: Tensor) -> None:
         right = unit(right)
         lower = float(attained(self.layer, right))
@@ -152,6 +157,8 @@ def prove(search: Search) -> Proof:
     proof = Proof(float(upper.max()), "circle", "a lower bound that does not rise")
     if not search.closed(proof.upper) and not circle.whole:
         proof = sharpen(search, circle, upper)
+    if circle.whole or proof.certificate == "explicit matrix":
+        search.reach(proof.upper)
     return replace(cheap, limit=proof.limit) if cheap.upper < proof.upper else proof
 
 
