@@ -199,7 +199,7 @@ def sharpen(search: Search, circle: Circle, upper: Tensor) -> Proof:
         bounds = zip(circles, upper[doubtful].tolist(), strict=True)
         most = [count for count in MODES if size > LARGEST or count < size / 2]
         uppers = upper.new_tensor([modes_upper(one, search.level, bound, most) for one, bound in bounds])
-        limit = f"{MODES[-1]} modes of the circle, which are too few, and {limit}"
+        limit = f"modes of the circle, up to {MODES[-1]}, which show no more, and {limit}"
         found = proof(uppers, "modes of the circle", limit)
     return found if search.closed(found.upper) or size > LARGEST else by_matrix()
 

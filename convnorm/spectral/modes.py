@@ -10,8 +10,9 @@ and so, cut to the layer's outputs and inputs,
 
     norm of the layer  <=  rest + largest eigenvalue of  D W D,    D = diag(sqrt(s_i - rest)),    W[i, j] = w_i . w_j
 
-The more modes, the sharper; with all of them it is the norm itself. Modes come in pairs of conjugates, whose real and
-imaginary parts stand for them, so that W is real.
+The more modes, the sharper, but even all of them may leave it some percent above the norm: they make up the positive
+part of the left side alone. Modes come in pairs of conjugates, whose real and imaginary parts stand for them, so that W
+is real.
 """
 
 from __future__ import annotations
