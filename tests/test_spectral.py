@@ -433,6 +433,8 @@ def test_gradients_are_finite(method, name, weights):
     call(method, case, weight).backward()
     assert weight.grad.isfinite().all()
     assert bool(weight.grad.any()) == (weights != "zeros")
+    _, tangent = torch.func.jvp(partial(call, method, case), (weight.detach(),), (weight.detach(),))
+    assert tangent.isfinite()
 
 
 # What they are called with

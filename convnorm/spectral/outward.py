@@ -52,6 +52,5 @@ def smaller_gram(matrices: Tensor) -> Tensor:
 def attained_norm(matrix: Tensor) -> Tensor:
     """|M v| for the singular vector v of the largest singular value: differentiable, where it repeats too."""
     wide = matrix.shape[-2] < matrix.shape[-1]
-    with torch.no_grad():
-        vector = torch.linalg.eigh(smaller_gram(matrix))[1][..., -1:]
+    vector = torch.linalg.eigh(smaller_gram(matrix.detach()))[1][..., -1:]
     return torch.linalg.vector_norm((matrix.mH if wide else matrix) @ vector)
