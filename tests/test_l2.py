@@ -568,6 +568,19 @@ def test_the_default_dtype_leaves_brackets_alone(default):
     assert (found.lower, found.upper) == (expected.lower, expected.upper)
 
 
+@pytest.mark.parametrize("name", ["conv2d", "reflect"])
+def test_calls_from_compiled_code_give_the_same(name):
+    """Dynamo would trace NumPy as PyTorch, whose quotients of integers are float32."""
+    case = TABLE[name]
+    weight = torch.randn(case.weight_shape, generator=torch.Generator().manual_seed(0))
+
+    def bounds(weight):
+        found = convnorm.l2(weight, case.in_shape, **options(case))
+        return found.lower, found.upper, circle_norm(weight, case.in_shape, **options(case))
+
+    assert torch.compile(bounds, backend="eager")(weight) == bounds(weight)
+
+
 def test_lengths_of_long_inputs_are_rounded_downward():
     """An input of equal entries: the sum of its squares is off by ever the same way."""
     n, taps = 1_000_000, 250  # an orthogonal projection, so that every input of equal entries attains the norm

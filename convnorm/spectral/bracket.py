@@ -56,6 +56,7 @@ class Bracket:
         return f"Bracket({self.lower.item():.6g}, {self.upper.item():.6g}, {self.certificate!r}{stopped})"
 
 
+@torch.compiler.disable  # there is nothing in it that could be compiled
 def l2(
     layer: nn.Module | Tensor | Layer,
     in_shape: Sequence[int] = (),
