@@ -308,6 +308,14 @@ def test_the_gradient_is_there_in_forward_mode(name):
     assert tangent != 0
 
 
+def test_second_derivatives_are_refused():
+    """Singular vectors turn with the weight."""
+    weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad(convnorm.l2(weight).lower, weight, create_graph=True)
+    with pytest.raises(ValueError, match="has first derivatives, and no second ones: singular_values has"):
+        first.sum().backward()
+
+
 def test_searches_on_smaller_inputs_are_layers_too():
     """Half of these inputs would leave a transposed layer without an output."""
     weight = torch.randn(2, 3, 1, generator=torch.Generator().manual_seed(0))

@@ -23,6 +23,7 @@ from convnorm.spectral.bounds import frobenius, sqrt_l1_linf
 from convnorm.spectral.circle import circle_of, half_grid, symbol
 from convnorm.spectral.fft import circle_norm, fft_singular_values
 from convnorm.spectral.gram import gram_bounds, gram_iteration
+from convnorm.spectral.lanczos import lanczos
 from convnorm.spectral.outward import norms_from_above
 from convnorm.spectral.power_iteration import power_iteration
 from convnorm.spectral.reshaped import four_reshapings, reshaped_estimate
@@ -435,6 +436,27 @@ def test_gradients_are_finite(method, name, weights):
     assert bool(weight.grad.any()) == (weights != "zeros")
     _, tangent = torch.func.jvp(partial(call, method, case), (weight.detach(),), (weight.detach(),))
     assert tangent.isfinite()
+
+
+@pytest.mark.parametrize("outer", ["grad", "jvp"])
+@pytest.mark.parametrize("inner", ["grad", "jvp"])
+@pytest.mark.parametrize("method", [circle_norm, four_reshapings, reshaped_estimate, tensor_norm_estimate, lanczos])
+def test_second_derivatives_are_refused(method, inner, outer):
+    """Those of vectors held fixed would be wrong."""
+
+    def value(weight):
+        return method(weight).value if method is lanczos else method(weight)
+
+    def along(function, how):
+        if how == "jvp":
+            return lambda x: torch.func.jvp(function, (x,), (torch.ones_like(x),))[1]
+        return lambda x: torch.func.grad(function)(x).sum()
+
+    weight = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    first = along(value, inner)
+    assert first(weight).isfinite()
+    with pytest.raises(GeometryError, match="has first derivatives, and no second ones"):
+        along(first, outer)(weight)
 
 
 # What they are called with

@@ -32,7 +32,7 @@ MOST_STEPS = 1000
 
 @dataclass(frozen=True)
 class Bracket:
-    """``lower <= l2 norm <= upper``, 0-dim float64 tensors; ``lower`` is differentiable in the weight.
+    """``lower <= l2 norm <= upper``, 0-dim float64 tensors; ``lower`` is differentiable once, in the weight.
 
     ``certificate`` says what proves the upper bound; ``stopped`` why the bracket is wider than was asked, and is
     empty where it is not. ``right[1, channels, *in_shape]``, of l2 norm 1, is what the layer maps to an output of l2

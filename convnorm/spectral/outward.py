@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from ..geometry import GeometryError
 
 EPS = torch.finfo(torch.float64).eps  # twice the largest relative error of one operation
 LEAST = 5e-324  # the smallest number there is
@@ -50,7 +54,43 @@ def smaller_gram(matrices: Tensor) -> Tensor:
 
 
 def attained_norm(matrix: Tensor) -> Tensor:
-    """|M v| for the singular vector v of the largest singular value: differentiable, where it repeats too."""
+    """|M v| for the singular vector v of the largest singular value: differentiable once, where it repeats too."""
     wide = matrix.shape[-2] < matrix.shape[-1]
     vector = torch.linalg.eigh(smaller_gram(matrix.detach()))[1][..., -1:]
-    return torch.linalg.vector_norm((matrix.mH if wide else matrix) @ vector)
+    matrix = once(matrix)
+    return once(torch.linalg.vector_norm((matrix.mH if wide else matrix) @ vector))
+
+
+def once(x: Tensor) -> Tensor:
+    """``x``, without second derivatives. For a weight, and for what comes of it with singular vectors held fixed: these
+    turn with the weight, which first derivatives do not see and second ones would have to.
+    """
+    return _Once.apply(x)
+
+
+class _Once(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _Derivative.apply(grad)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return _Derivative.apply(tangent)
+
+
+class _Derivative(_Once):
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise GeometryError("convnorm: this l2 norm has first derivatives, and no second ones: singular_values has")
+
+    jvp = backward

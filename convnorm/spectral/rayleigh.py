@@ -12,14 +12,14 @@ from ..layers import Layer
 from ..norms import Norms
 from .circle import power_of_two, with_read_taps
 from .definite import unit_roundoff
-from .outward import LEAST
+from .outward import LEAST, once
 
 
 @dataclass(frozen=True)
 class Singular:
     """A singular value of a layer from below, and its vectors: ``layer(right) = value * left``.
 
-    ``value`` is certified: 0-dim, float64, rounded down, differentiable in the layer's weight. ``residual`` is
+    ``value`` is certified: 0-dim, float64, rounded down, differentiable once, in the layer's weight. ``residual`` is
     ``|M^T left - value right| / value``: so near to it, relatively, lies a singular value, if not always the largest.
     ``left`` and ``right`` have a batch of one; ``right`` can start another search.
     """
@@ -33,7 +33,7 @@ class Singular:
 def rayleigh(layer: Layer, x: Tensor) -> Singular:
     """What ``x[1, channels, *in_shape]`` shows of the singular values; the residual in the precision of ``x``."""
     layer = with_read_taps(layer)
-    exact, right = without_scale(layer), unit(x)
+    exact, right = _exact(layer), unit(x)
     y = exact(right)
     with torch.no_grad():
         left, size = unit(y), torch.linalg.vector_norm(y)
@@ -44,15 +44,20 @@ def rayleigh(layer: Layer, x: Tensor) -> Singular:
 
 def attained(layer: Layer, right: Tensor) -> Tensor:
     """|layer(right)| for a unit vector, rounded down. Differentiable in the layer's weight."""
-    exact = without_scale(layer)
+    exact = _exact(layer)
     return _length(exact, exact(right), power_of_two(layer.weight))
+
+
+def _exact(layer: Layer) -> Layer:
+    exact = without_scale(layer)
+    return replace(exact, weight=once(exact.weight))
 
 
 def _length(layer: Layer, y: Tensor, scale: float) -> Tensor:
     """scale |y|, where ``y`` is the image of a unit vector, rounded down."""
     with torch.no_grad():
         error = rounding_error(layer)
-    return downward(torch.linalg.vector_norm(y) - error, scale)
+    return downward(once(torch.linalg.vector_norm(y)) - error, scale)
 
 
 def downward(bound: Tensor, scale: float) -> Tensor:

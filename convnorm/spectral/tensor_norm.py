@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..layers import Layer
 from .admit import admitted, at_least_one
 from .circle import circle_of
+from .outward import once
 
 
 def tensor_norm_estimate(
@@ -43,12 +44,11 @@ def tensor_norm_estimate(
     at_least_one(iterations=iterations)
     one = admitted(layer, in_shape, options)
     circle = circle_of(one)
-    kernel = circle.kernel
-    with torch.no_grad():
-        working = kernel.to(torch.promote_types(one.weight.dtype, torch.float32))
-        left, right, *waves = (_unit(own.to(torch.complex128)) for own in _power_method(working, iterations, generator))
+    kernel = once(circle.kernel)
+    working = kernel.detach().to(torch.promote_types(one.weight.dtype, torch.float32))
+    left, right, *waves = (_unit(own.to(torch.complex128)) for own in _power_method(working, iterations, generator))
     image = _matrix(kernel, waves) * left.unsqueeze(2) * right.unsqueeze(1)
-    largest = torch.view_as_real(image.sum((1, 2))).norm(dim=-1).max()
+    largest = once(torch.view_as_real(image.sum((1, 2))).norm(dim=-1).max())
     return circle.factor * math.sqrt(math.prod(kernel.shape[3:])) * largest * circle.scale
 
 
