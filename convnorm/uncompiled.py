@@ -23,3 +23,9 @@ def run_as_it_is(function: Function) -> Function:
     """
     set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
     return function
+
+
+def break_graph(function: Function) -> Function:
+    """``torch.compiler.disable``: compiled code stops before a call of this function, and goes on after it."""
+    function._torchdynamo_disable = True
+    return run_as_it_is(function)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..geometry import GeometryError
 from ..layers import Layer
+from ..uncompiled import break_graph
 from .admit import admitted, admitted_start
 from .bounds import frobenius, sqrt_l1_linf
 from .circle import Circle, circle_of, half_grid, power_of_two, with_read_taps
@@ -56,7 +57,7 @@ class Bracket:
         return f"Bracket({self.lower.item():.6g}, {self.upper.item():.6g}, {self.certificate!r}{stopped})"
 
 
-@torch.compiler.disable  # there is nothing in it that could be compiled
+@break_graph  # there is nothing in it that could be compiled
 def l2(
     layer: nn.Module | Tensor | Layer,
     in_shape: Sequence[int] = (),

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ..geometry import fold
 from ..layers import Layer
+from ..uncompiled import break_graph
 from ..winners import as_matrix
 
 
@@ -171,7 +172,7 @@ def _polyphase(kernel: Tensor, dim: int, stride: int, dilation: int) -> Tensor:
     return spread.unflatten(dim, (-1, stride)).movedim(dim + 1, 2).flatten(2, 3)
 
 
-@torch.compiler.disable  # which takes NumPy for PyTorch, whose quotients of integers are float32
+@break_graph  # which takes NumPy for PyTorch, whose quotients of integers are float32
 def half_grid(points: Sequence[int]) -> Tensor:
     """frequencies[F, axes] of a circle, one of each two that are negatives of each other: there the symbols of a real
     kernel are conjugates, and their singular values equal.
