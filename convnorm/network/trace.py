@@ -25,8 +25,10 @@ from .calls import RULES, Call, Refused
 from .steps import Input, Joint, Step
 
 CREATING = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")  # by their input's shape alone
-PART = torch.ops.higher_order.wrap_with_set_grad_enabled  # calls another graph
 LIKE = ("type_as", "to", "expand_as")  # likewise, where what is made so is a constant
+PART = torch.ops.higher_order.wrap_with_set_grad_enabled  # calls another graph
+
+Region = tuple[str, str]  # what a constant is given for: a module's name and one call of it, or a node's and ""
 
 
 @dataclass(frozen=True)
@@ -142,18 +144,17 @@ class Walk:
         self.steps: list[Step] = []
         self.used: set[str] = set()
         self.batch: int | None = None
-        self.entered: dict[tuple[str | None, fx.Node], Any] = {}  # what regions read, before they overwrite it
         for name, constant in assume.items():
             if not constant >= 0:
                 raise GeometryError(f"convnorm: assume {name!r} {constant} must be a number of at least 0")
-        self.regions = {node: name for node in self.graph.nodes if (name := self.region_of(node))}
+        self.regions = {node: region for node in self.graph.nodes if (region := self.region_of(node))}
+        # what each reads from outside, before it overwrites that
+        self.entered: dict[Region, dict[fx.Node, Any]] = {region: {} for region in self.regions.values()}
 
-    def region_of(self, node: fx.Node) -> str | None:
-        """The outermost module, or the node itself, that a constant was given for."""
-        if node.op != "call_function":
-            return None
-        paths = [plain_name(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-        return next((name for name in (*paths, node.name) if name in self.assume), None)
+    def region_of(self, node: fx.Node) -> Region | None:
+        """The outermost call of a module, or the node itself, that a constant was given for."""
+        regions = (*_calls(node), (node.name, "")) if node.op == "call_function" else ()
+        return next((region for region in regions if region[0] in self.assume), None)
 
     def traced(self) -> Traced:
         inputs = iter(self.inputs())
@@ -312,29 +313,25 @@ class Walk:
             args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
         return Value(target(*args, **kwargs), storage, storage.version)
 
-    def assumed(self, node: fx.Node, name: str) -> Step | None:
+    def assumed(self, node: fx.Node, region: Region) -> Step | tuple[Step, ...] | None:
         """A node's output as that of its whole region, from all that enters there; none for what does not leave it."""
-        inside = {other for other, own in self.regions.items() if own == name}
-        if name != node.name:  # one call of a module that may be called again
-            inside = {other for other in inside if _key(other, name) == _key(node, name)}
-        outside = dict.fromkeys(n for other in self.graph.nodes if other in inside for n in other.all_input_nodes
-                                if n not in inside)  # fmt: skip
-        region = (name, _key(node, name))
-        for other in outside:
-            if other in self.values and (region, other) not in self.entered:
-                self.entered[region, other] = self.read(other)
-        entering = tuple(c for n in outside if isinstance(c := self.entered.get((region, n)), Step))
-        if not entering or all(user in inside for user in node.users):
+        inside = [other for other, own in self.regions.items() if own == region]
+        entered = self.entered[region]
+        for source in (source for other in inside for source in other.all_input_nodes):
+            if self.regions.get(source) != region and source in self.values and source not in entered:
+                entered[source] = self.read(source)
+        entering = tuple(content for content in entered.values() if isinstance(content, Step))
+        if not entering or all(self.regions.get(user) == region for user in node.users):
             return None
+        name, _ = region
         self.used.add(name)
-        shapes = node.meta["val"]
-        for one in tree_iter(shapes):
+        made = node.meta["val"]
+        joint = []
+        for one in tree_iter(made):
             self.refuse(one)
-        joint = [Joint(tuple(one.shape[1:]), entering, factor=float(self.assume[name]), how="assumed")
-                 for one in tree_iter(shapes)]  # fmt: skip
-        for step in joint:
-            self.add(node, step, "assumed")
-        return joint[0] if isinstance(shapes, Tensor) else tuple(joint)
+            joint.append(Joint(tuple(one.shape[1:]), entering, factor=float(self.assume[name]), how="assumed"))
+            self.add(node, joint[-1], "assumed")
+        return joint[0] if isinstance(made, Tensor) else tuple(joint)
 
     def add(self, node: fx.Node, step: Step, operation: str) -> None:
         """Joins a step, and those that the rule made for its inputs, to the others."""
@@ -375,14 +372,14 @@ def _written(node: fx.Node) -> dict[str, Any]:
     return {name: given[name] for name in names if given.get(name) is not None}
 
 
-def _key(node: fx.Node, path: str) -> str | None:
-    stack = node.meta.get("nn_module_stack") or {}
-    return next((key for key, (own, _) in stack.items() if plain_name(own) == path), None)
+def _calls(node: fx.Node) -> list[Region]:
+    """The calls of modules that the node belongs to, from the outermost: the module's name, and the call's own."""
+    return [(plain_name(path), call) for call, (path, _) in (node.meta.get("nn_module_stack") or {}).items()]
 
 
 def _module(node: fx.Node) -> str:
     """The innermost module that the node belongs to."""
-    return next((plain_name(path) for path, _ in reversed((node.meta.get("nn_module_stack") or {}).values())), "")
+    return next((name for name, _ in reversed(_calls(node))), "")
 
 
 def _described(node: fx.Node) -> str:
