@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -130,7 +130,9 @@ class Value:
 
     content: Any
     storage: Storage = field(default_factory=Storage)
-    version: int = 0
+
+    def __post_init__(self) -> None:
+        self.version = self.storage.version
 
 
 class Walk:
@@ -235,8 +237,7 @@ class Walk:
 
     def value_of(self, node: fx.Node) -> Value:
         if node in self.regions:
-            content, storage = self.assumed(node, self.regions[node]), self.storage_of(node)
-            return Value(content, storage, storage.version)
+            return self.stored(node, self.assumed(node, self.regions[node]))
         replaced = node.args[0] if _operation(node) == "copy" else None  # which is not read
         contents = tree_map(
             lambda x: x if not isinstance(x, fx.Node) else self.values[x].content if x is replaced else self.read(x),
@@ -244,7 +245,7 @@ class Walk:
         )
         if node.target is operator.getitem:
             (many, index), _ = contents
-            return replace(self.values[node.args[0]], content=many[index])
+            return self.stored(node, many[index])
         if not any(isinstance(one, Step) for one in tree_iter(contents)):
             return self.constant(node, *contents)
         if _operation(node) in CREATING or (_operation(node) in LIKE and not isinstance(contents[0][0], Step)):
@@ -253,8 +254,7 @@ class Walk:
         for step in content if isinstance(content, tuple) else [content]:
             if step is not None and not step.name:
                 self.add(node, step, _operation(node))
-        storage = self.storage_of(node)
-        return Value(content, storage, storage.version)
+        return self.stored(node, content)
 
     def blank(self, x: Any) -> Any:
         """A constant, or zeros of the shape and precision of what depends on the network's input."""
@@ -273,11 +273,7 @@ class Walk:
             raise Refused("writes into what is not its first argument")
         call = Call(operation, target, _arguments(target, args, kwargs), node.meta["val"])
         made = RULES[operation](call)
-        for meta, step in zip(
-            node.meta["val"] if isinstance(made, tuple) else [node.meta["val"]],
-            made if isinstance(made, tuple) else [made],
-            strict=True,
-        ):
+        for meta, step in zip(call.meta, made, strict=True) if isinstance(made, tuple) else [(call.meta, made)]:
             if step is not None:
                 self.refuse(meta)
         return made
@@ -289,29 +285,26 @@ class Walk:
         if not meta.dtype.is_floating_point:
             raise Refused(f"rounds to {meta.dtype}")
 
-    def storage_of(self, node: fx.Node) -> Storage:
-        """That of what the node writes, which counts, or of the first input, where the output may be a view of it."""
-        written = [self.values[x].storage for x in tree_iter(_written(node)) if isinstance(x, fx.Node)]
-        for storage in written:
-            storage.version += 1
-        if written and _writes(node):
-            return written[0]
+    def stored(self, node: fx.Node, content: Any) -> Value:
+        """What the node has made, in the storage of what it writes, or of its first input, where that may be a view."""
+        written = [x for x in tree_iter(_written(node)) if isinstance(x, fx.Node)]
+        for x in written:
+            self.values[x].storage.version += 1
         views = node.target is operator.getitem or "dropout" in _operation(node)
         if isinstance(node.target, torch._ops.OpOverload):
             views = views or any(r.alias_info is not None for r in node.target._schema.returns)
-        return self.values[node.args[0]].storage if views and isinstance(node.args[0], fx.Node) else Storage()
+        shared = (written or node.args)[0] if views else None
+        return Value(content, self.values[shared].storage) if isinstance(shared, fx.Node) else Value(content)
 
     def constant(self, node: fx.Node, args: tuple, kwargs: dict[str, Any]) -> Value:
         target = node.target
-        if not isinstance(target, torch._ops.OpOverload):
-            return Value(target(*args, **kwargs))
-        given = _arguments(target, args, kwargs)
-        if torch.Tag.nondeterministic_seeded in target.tags and given.get("train", given.get("training", True)):
-            raise GeometryError("convnorm: draws random numbers")
-        storage = self.storage_of(node)
+        if isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags:
+            given = _arguments(target, args, kwargs)
+            if given.get("train", given.get("training", True)):
+                raise GeometryError("convnorm: draws random numbers")
         if _written(node):
             args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
-        return Value(target(*args, **kwargs), storage, storage.version)
+        return self.stored(node, target(*args, **kwargs))
 
     def assumed(self, node: fx.Node, region: Region) -> Step | tuple[Step, ...] | None:
         """A node's output as that of its whole region, from all that enters there; none for what does not leave it."""
