@@ -23,7 +23,7 @@ from .steps import Linear, Step, Sum
 PAD_MODES = {"constant": "zeros", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 
 
-def linear(call: Call, source: Step, operator: Operator) -> Linear:
+def linear(source: Step, operator: Operator) -> Linear:
     return Linear(operator.out_shape, (source,), operator=operator)
 
 
@@ -50,7 +50,7 @@ def convolution(call: Call) -> Linear:
         transposed=transposed,
         output_padding=tuple(call.per_axis("output_padding", axes)) if transposed else (0,) * axes,
     )
-    return linear(call, source, LayerOperator(layer, source.shape, 1, tuple(range(2, 2 + axes))))
+    return linear(source, LayerOperator(layer, source.shape, 1, tuple(range(2, 2 + axes))))
 
 
 def along(weight: Tensor, in_shape: Shape, channel: int) -> LayerOperator:
@@ -65,7 +65,7 @@ def fully_connected(call: Call) -> Linear:
         raise Refused("has no matrix")
     if not source.shape:
         raise Refused("has an input without a batch axis")
-    return linear(call, source, along(weight, source.shape, len(source.shape)))
+    return linear(source, along(weight, source.shape, len(source.shape)))
 
 
 @rule("mm", "matmul", "addmm")
@@ -80,12 +80,12 @@ def matrix_product(call: Call) -> Linear:
     rank = len(source.shape) + 1
     if name == left and matrix.dim() == 1 and rank > 1:
         operator = along(matrix[None], source.shape, rank - 1)
-        return linear(call, source, compose(reshaped(operator.out_shape, call.shape), operator))
+        return linear(source, compose(reshaped(operator.out_shape, call.shape), operator))
     if matrix.dim() != 2 or rank < (2 if name == left else 3):
         raise Refused("is no product with one matrix within each sample")
     if name == left:
-        return linear(call, source, along(matrix.T, source.shape, rank - 1))
-    return linear(call, source, along(matrix, source.shape, rank - 2))
+        return linear(source, along(matrix.T, source.shape, rank - 1))
+    return linear(source, along(matrix, source.shape, rank - 2))
 
 
 # Scaling
@@ -96,7 +96,7 @@ def batch_norm(call: Call) -> Linear | tuple[Linear, None, None]:
     given = call.arguments
     if given.get("training") or given["running_var"] is None:
         raise Refused("normalises by statistics of the batch, which mix its samples")
-    step = linear(call, call.source("input"), by_statistics(call))
+    step = linear(call.source("input"), by_statistics(call))
     return step if call.operation == "batch_norm" else (step, None, None)
 
 
@@ -127,7 +127,7 @@ def scaling(call: Call) -> Linear:
     if not factor.isfinite().all() or (divides and not factor.reciprocal().isfinite().all()):
         raise Refused("has a factor that is no finite number")
     source, spread = broadcast(call, name, factor.dim())
-    return linear(call, source, compose(_factors(call, factor, divides, spread.out_shape), spread))
+    return linear(source, compose(_factors(call, factor, divides, spread.out_shape), spread))
 
 
 def _factors(call: Call, factor: Tensor, divides: bool, shape: Shape) -> Operator:
@@ -150,16 +150,13 @@ def _outward_quotient(divisor: float) -> float:
     """1 / divisor, away from 0 where it is rounded."""
     quotient = 1 / divisor
     exact = Fraction(1) / Fraction(divisor)
-    return (
-        quotient
-        if abs(Fraction(quotient)) >= abs(exact)
-        else math.nextafter(quotient, math.copysign(math.inf, divisor))
-    )
+    short = abs(Fraction(quotient)) < abs(exact)
+    return math.nextafter(quotient, math.copysign(math.inf, divisor)) if short else quotient
 
 
 @rule("neg", "negative")
 def negation(call: Call) -> Linear:
-    return linear(call, call.source(), Scalar(call.shape, -1.0))
+    return linear(call.source(), Scalar(call.shape, -1.0))
 
 
 # Sums
@@ -180,11 +177,11 @@ def addition(call: Call) -> Step:
             source, spread = broadcast(call, name, rank)
             parts.append((source, compose(Scalar(call.shape, factor), spread)))
     if len(parts) == 1:
-        return linear(call, *parts[0])
+        return linear(*parts[0])
     plain = [isinstance(operator, Scalar) and operator.factor == 1 for _, operator in parts]
     return Sum(
         call.shape,
-        tuple(part[0] if same else linear(call, *part) for part, same in zip(parts, plain, strict=True)),
+        tuple(part[0] if same else linear(*part) for part, same in zip(parts, plain, strict=True)),
     )
 
 
@@ -208,7 +205,7 @@ def expansion(call: Call) -> Linear:
     source = call.source()
     if len(call.shape) != len(source.shape):
         raise Refused("adds an axis in front of the batch's")
-    return linear(call, source, repetition(source.shape, call.shape))
+    return linear(source, repetition(source.shape, call.shape))
 
 
 @rule("repeat")
@@ -218,7 +215,7 @@ def tiling(call: Call) -> Linear:
         raise Refused("repeats the batch axis")
     counts = {axis: (n, t) for axis, (n, t) in enumerate(zip(source.shape, times, strict=True), 1) if t != 1}
     matrices = {axis: torch.eye(n, dtype=torch.float64).repeat(t, 1) for axis, (n, t) in counts.items()}
-    return linear(call, source, Separable(source.shape, matrices))
+    return linear(source, Separable(source.shape, matrices))
 
 
 @rule("sum", "mean")
@@ -231,7 +228,7 @@ def reduction(call: Call) -> Linear:
         n = source.shape[axis - 1]
         matrices[axis] = torch.full((1, n), 1 / n if call.operation == "mean" else 1.0, dtype=torch.float64)
     operator = Separable(source.shape, matrices)
-    return linear(call, source, compose(reshaped(operator.out_shape, call.shape), operator))
+    return linear(source, compose(reshaped(operator.out_shape, call.shape), operator))
 
 
 def reshaped(in_shape: Shape, out_shape: Shape) -> Operator:
@@ -264,7 +261,7 @@ def average_pooling(call: Call) -> Linear:
     if whole and not divisor and (given["count_include_pad"] or not any(padding)):
         weight = torch.full((source.shape[0], 1, *kernel), 1 / math.prod(kernel), dtype=torch.float64)
         operator = replace(operator, layer=_each_channel(weight, source.shape, stride, padding, "zeros", EPS))
-    return linear(call, source, operator)
+    return linear(source, operator)
 
 
 def _each_channel(
@@ -289,7 +286,7 @@ def adaptive_average_pooling(call: Call) -> Linear:
         n, m = source.shape[axis - 1], call.shape[axis - 1]
         starts, ends = adaptive_windows(n, m)
         matrices[axis] = ranges(n, starts, ends, [b - a for a, b in zip(starts, ends, strict=True)])
-    return linear(call, source, Separable(source.shape, matrices))
+    return linear(source, Separable(source.shape, matrices))
 
 
 @rule("pad", "constant_pad_nd")
@@ -312,7 +309,7 @@ def padding(call: Call) -> Linear:
         weight = torch.ones(source.shape[0], *[1] * (1 + axes), dtype=torch.float64)
         ends = [p for axis in range(2, rank) for p in pairs.get(axis, (0, 0))]
         operator = replace(operator, layer=_each_channel(weight, source.shape, [1] * axes, ends, mode, 0.0))
-    return linear(call, source, operator)
+    return linear(source, operator)
 
 
 def _padded(n: int, before: int, after: int, mode: str) -> np.ndarray:
@@ -348,7 +345,7 @@ def upsampling(call: Call) -> Linear:
             arguments = {name: _along(axis, len(sizes), name, value) for name, value in arguments.items()}
         images = call.target(**arguments | {first: basis})
         matrices[2 + axis] = images.movedim(2 + axis, -1).reshape(n, -1, call.shape[1 + axis])[:, 0].T
-    return linear(call, source, Separable(source.shape, matrices))
+    return linear(source, Separable(source.shape, matrices))
 
 
 def _along(axis: int, axes: int, name: str, value: Any) -> Any:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-from torch import Tensor
-
 from .calls import Call, Refused, rule
 from .linear import linear, reshaped
-from .operators import Operator, Rearranged, Scalar
+from .operators import Rearranged, Scalar
 from .steps import Concatenation, Joint, Linear, Step
 
 AXES = ("dim", "dims", "dim0", "dim1", "source", "destination")  # arguments that name axes
@@ -20,7 +16,7 @@ def identity(call: Call) -> Linear:
     if call.arguments.get("train"):
         raise Refused("drops at random, in training mode")
     source = call.arguments[next(iter(call.arguments))]
-    return linear(call, source, Scalar(call.shape))
+    return linear(source, Scalar(call.shape))
 
 
 @rule("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
@@ -31,21 +27,17 @@ def reshaping(call: Call) -> Linear:
         raise Refused("reads bits as another type")
     if call.operation == "unsqueeze":
         call.axis(call.arguments["dim"], len(source.shape) + 2)
-    return linear(call, source, reshaped(source.shape, call.shape))
+    return linear(source, reshaped(source.shape, call.shape))
 
 
 @rule("permute", "transpose", "movedim", "t", "numpy_T", "flip", "roll", "pixel_shuffle", "pixel_unshuffle",
       "channel_shuffle", "select", "slice", "narrow")  # fmt: skip
 def moving(call: Call) -> Linear:
-    operator = _moved(call)
-    return linear(call, call.source(), operator)
-
-
-def _moved(call: Call) -> Operator:
     source, (first, *_) = call.source(), call.arguments
     _refuse_batch(call)
     rest = {name: value for name, value in call.arguments.items() if name != first}
-    return Rearranged(source.shape, call.shape, lambda x: call.target(x.view_as(x), **rest))  # transpose_ turns a view
+    # of a view, which transpose_ turns
+    return linear(source, Rearranged(source.shape, call.shape, lambda x: call.target(x.view_as(x), **rest)))
 
 
 def _refuse_batch(call: Call) -> None:
@@ -69,13 +61,9 @@ def splitting(call: Call) -> tuple[Linear, ...]:
     source, (first, *_) = call.source(), call.arguments
     _refuse_batch(call)
     rest = {name: value for name, value in call.arguments.items() if name != first}
-
-    def part(i: int, x: Tensor) -> Tensor:
-        return call.target(x, **rest)[i]
-
-    shapes = [tuple(one.shape[1:]) for one in call.meta]
     return tuple(
-        linear(call, source, Rearranged(source.shape, shape, partial(part, i))) for i, shape in enumerate(shapes)
+        linear(source, Rearranged(source.shape, tuple(one.shape[1:]), lambda x, i=i: call.target(x, **rest)[i]))
+        for i, one in enumerate(call.meta)
     )
 
 
@@ -87,7 +75,7 @@ def concatenation(call: Call) -> Step:
     steps = [part for part in parts if isinstance(part, Step)]
     if call.operation == "stack":
         shape = (*call.shape[: axis - 1], 1, *call.shape[axis:])
-        steps = [linear(call, part, reshaped(part.shape, shape)) for part in steps]
+        steps = [linear(part, reshaped(part.shape, shape)) for part in steps]
     if len(steps) != len(parts):  # what is constant beside them changes nothing
         return Joint(call.shape, tuple(steps))
     return Concatenation(call.shape, tuple(steps), axis=axis)

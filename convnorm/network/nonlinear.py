@@ -74,7 +74,7 @@ def elementwise_largest(call: Call) -> Step:
         if call.depends(name):
             value = call.arguments[beside]
             source, spread = broadcast(call, name, value.dim() if isinstance(value, torch.Tensor) else 0)
-            parts.append(source if source.shape == call.shape else linear(call, source, spread))
+            parts.append(source if source.shape == call.shape else linear(source, spread))
     return Joint(call.shape, tuple(parts))
 
 
@@ -122,7 +122,7 @@ def own_statistics(call: Call) -> Step | tuple[Step, None, None]:
 @rule("instance_norm")
 def instance_norm(call: Call) -> Step:
     if not call.arguments["use_input_stats"]:
-        return linear(call, call.source("input"), by_statistics(call))
+        return linear(call.source("input"), by_statistics(call))
     source = call.source("input")
     return normalised(call, source, math.prod(source.shape[1:]), centred=True)
 
