@@ -107,7 +107,7 @@ def by_arguments(call: Call) -> Nonlinear:
 
 @rule("prelu")
 def prelu(call: Call) -> Nonlinear:
-    slopes = call.constant("weight").detach().abs()
+    slopes = call.constant("weight").abs()
     return scalar_function(call, float(slopes.max().clamp_min(1)))  # NaN stays NaN
 
 

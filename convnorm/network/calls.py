@@ -42,20 +42,14 @@ class Call:
     meta: Any
 
     @property
+    def first(self) -> Tensor:
+        """The output, or the first of several."""
+        return self.meta[0] if isinstance(self.meta, (tuple, list)) else self.meta
+
+    @property
     def shape(self) -> Shape:
         """Of one sample of the output."""
-        first = self.meta[0] if isinstance(self.meta, (tuple, list)) else self.meta
-        return tuple(first.shape[1:])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        first = self.meta[0] if isinstance(self.meta, (tuple, list)) else self.meta
-        return first.dtype
-
-    @property
-    def batch(self) -> int:
-        first = self.meta[0] if isinstance(self.meta, (tuple, list)) else self.meta
-        return first.shape[0]
+        return tuple(self.first.shape[1:])
 
     def depends(self, name: str) -> bool:
         return isinstance(self.arguments.get(name), Step)
@@ -70,10 +64,11 @@ class Call:
         return self.arguments[name]
 
     def constant(self, name: str) -> Tensor:
+        """An argument that does not depend on the input; bounds have no gradients."""
         value = self.arguments[name]
         if isinstance(value, Step):
             raise Refused(f"has a {name} that depends on the network's input: it is not globally Lipschitz")
-        return value
+        return value.detach()
 
     def axis(self, dim: int, rank: int | None = None) -> int:
         """An axis of the input counted from its front, which must not be the batch's."""
@@ -82,6 +77,10 @@ class Call:
         if axis == 0:
             raise Refused("acts along the batch axis")
         return axis
+
+    def axes(self, dims: int | Sequence[int]) -> list[int]:
+        """One axis of the input, or several, likewise."""
+        return [self.axis(dim) for dim in (dims if isinstance(dims, Sequence) else [dims])]
 
     def per_axis(self, name: str, count: int) -> list[int]:
         """One entry for each of so many axes, of an argument that may have one for all."""

@@ -16,7 +16,7 @@ from ..layers import Layer, in_numbers
 from ..spectral.outward import EPS
 from .calls import Call, Refused, rule
 from .merge import compose, scale_of
-from .operators import Diagonal, LayerOperator, Operator, Rearranged, Scalar, Shape
+from .operators import Diagonal, LayerOperator, Operator, Rearranged, Scalar, Scale, Shape
 from .separable import Separable, adaptive_windows, average, ranges
 from .steps import Linear, Step, Sum
 
@@ -32,7 +32,7 @@ def linear(source: Step, operator: Operator) -> Linear:
 
 @rule("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution")
 def convolution(call: Call) -> Linear:
-    source, weight, given = call.source("input"), call.constant("weight").detach(), call.arguments
+    source, weight, given = call.source("input"), call.constant("weight"), call.arguments
     axes = weight.dim() - 2
     if len(source.shape) != axes + 1:
         raise Refused("has an input without a batch axis")
@@ -60,7 +60,7 @@ def along(weight: Tensor, in_shape: Shape, channel: int) -> LayerOperator:
 
 @rule("linear")
 def fully_connected(call: Call) -> Linear:
-    source, weight = call.source("input"), call.constant("weight").detach()
+    source, weight = call.source("input"), call.constant("weight")
     if weight.dim() != 2:
         raise Refused("has no matrix")
     if not source.shape:
@@ -76,7 +76,7 @@ def matrix_product(call: Call) -> Linear:
     if call.operation == "addmm" and (call.depends("self") or call.arguments["alpha"] != 1):
         raise Refused("adds up more than a product and a constant")
     name, matrix = (left, call.constant(right)) if call.depends(left) else (right, call.constant(left))
-    source, matrix = call.arguments[name], matrix.detach()
+    source = call.arguments[name]
     rank = len(source.shape) + 1
     if name == left and matrix.dim() == 1 and rank > 1:
         operator = along(matrix[None], source.shape, rank - 1)
@@ -100,11 +100,11 @@ def batch_norm(call: Call) -> Linear | tuple[Linear, None, None]:
     return step if call.operation == "batch_norm" else (step, None, None)
 
 
-def by_statistics(call: Call) -> LayerOperator:
+def by_statistics(call: Call) -> Scale:
     """weight / sqrt(running_var + eps), for each channel."""
-    factors = (call.constant("running_var").detach().double() + call.arguments["eps"]).rsqrt()
+    factors = (call.constant("running_var").double() + call.arguments["eps"]).rsqrt()
     if call.arguments["weight"] is not None:
-        factors = factors * call.constant("weight").detach()
+        factors = factors * call.constant("weight")
     if not factors.isfinite().all():
         raise Refused("has a variance or a weight that is no number")
     return scale_of(factors, call.source("input").shape, 1, roundings=8)
@@ -224,7 +224,7 @@ def reduction(call: Call) -> Linear:
     if not dims:
         raise Refused("adds up the batch")
     matrices = {}
-    for axis in sorted(call.axis(dim) for dim in dims):
+    for axis in sorted(call.axes(dims)):
         n = source.shape[axis - 1]
         matrices[axis] = torch.full((1, n), 1 / n if call.operation == "mean" else 1.0, dtype=torch.float64)
     operator = Separable(source.shape, matrices)

@@ -49,9 +49,8 @@ def _refuse_batch(call: Call) -> None:
             raise Refused("moves the batch axis")
         return
     for name in AXES:
-        value = call.arguments.get(name)
-        for dim in value if isinstance(value, (list, tuple)) else [] if value is None else [value]:
-            call.axis(dim)
+        if call.arguments.get(name) is not None:
+            call.axes(call.arguments[name])
     if call.operation == "roll" and not call.arguments["dims"]:
         raise Refused("rolls through the batch")
 

@@ -59,8 +59,7 @@ def largest(call: Call) -> Step | tuple[Step, None]:
     source, dims = call.source(), call.arguments.get("dim")
     if dims is None or dims == []:
         raise Refused("looks through the batch")
-    for dim in dims if isinstance(dims, (list, tuple)) else [dims]:
-        call.axis(dim)
+    call.axes(dims)  # none of them the batch's
     step = of_largest(call, source)
     return (step, None) if call.operation in ("max", "min") else step
 
@@ -100,9 +99,7 @@ def log_softmax(call: Call) -> Nonlinear:
 @rule("logsumexp")
 def logsumexp(call: Call) -> Nonlinear:
     """The gradient p has nonnegative entries that sum to 1: its l1, l2 and linf norms are at most 1."""
-    dims = call.arguments["dim"]
-    for dim in dims if isinstance(dims, (list, tuple)) else [dims]:
-        call.axis(dim)
+    call.axes(call.arguments["dim"])  # none of them the batch's
     return Nonlinear(call.shape, (call.source(),), constants=lambda ord: 1.0)
 
 
@@ -145,11 +142,11 @@ def normalised(call: Call, source: Step, count: int, centred: bool) -> Nonlinear
         sqrt((1 - c) / eps) (a + b c),    largest at  c = (2 b - a) / (3 b), or at 0 where that is negative
     """
     eps = call.arguments["eps"]
-    eps = default_eps(call.dtype) if eps is None else eps
+    eps = default_eps(call.first.dtype) if eps is None else eps
     if not eps > 0:
         raise Refused("has no eps to bound it: it is not globally Lipschitz")
     weight = call.arguments.get("weight")
-    largest = 1.0 if weight is None else float(call.constant("weight").detach().double().abs().max())
+    largest = 1.0 if weight is None else float(call.constant("weight").double().abs().max())
     if not math.isfinite(largest):
         raise Refused("has a weight that is no number")
     row, outer = (2 - 2 / count if centred else 1.0), (1 + math.sqrt(count)) / 2
