@@ -15,7 +15,7 @@ from ..geometry import fold
 from ..layers import Layer, in_numbers
 from ..spectral.outward import EPS
 from .calls import Call, Refused, rule
-from .merge import compose, scale_of
+from .merge import compose, is_identity, scale_of
 from .operators import Diagonal, LayerOperator, Operator, Rearranged, Scalar, Scale, Shape
 from .separable import Separable, adaptive_windows, average, ranges
 from .steps import Linear, Step, Sum
@@ -126,7 +126,7 @@ def scaling(call: Call) -> Linear:
     factor = factor.detach().double() if isinstance(factor, Tensor) else torch.tensor(factor, dtype=torch.float64)
     if not factor.isfinite().all() or (divides and not factor.reciprocal().isfinite().all()):
         raise Refused("has a factor that is no finite number")
-    source, spread = broadcast(call, name, factor.dim())
+    source, spread = broadcast(call, name, constant)
     return linear(source, compose(_factors(call, factor, divides, spread.out_shape), spread))
 
 
@@ -173,22 +173,18 @@ def addition(call: Call) -> Step:
     parts = []
     for name, beside, factor in zip((one, other), (other, one), factors, strict=True):
         if call.depends(name):
-            rank = call.arguments[beside].dim() if isinstance(call.arguments[beside], Tensor) else 0
-            source, spread = broadcast(call, name, rank)
+            source, spread = broadcast(call, name, beside)
             parts.append((source, compose(Scalar(call.shape, factor), spread)))
     if len(parts) == 1:
         return linear(*parts[0])
-    plain = [isinstance(operator, Scalar) and operator.factor == 1 for _, operator in parts]
-    return Sum(
-        call.shape,
-        tuple(part[0] if same else linear(*part) for part, same in zip(parts, plain, strict=True)),
-    )
+    return Sum(call.shape, tuple(part[0] if is_identity(part[1]) else linear(*part) for part in parts))
 
 
-def broadcast(call: Call, name: str, other_rank: int) -> tuple[Step, Operator]:
-    """An argument, and the repetition that brings it to the shape of the output."""
-    source = call.arguments[name]
-    if other_rank > len(source.shape) + 1 or len(source.shape) != len(call.shape):
+def broadcast(call: Call, name: str, beside: str) -> tuple[Step, Operator]:
+    """An argument, and the repetition that brings it to the shape of the output, which it has with another one."""
+    source, other = call.arguments[name], call.arguments[beside]
+    adds_axes = isinstance(other, Tensor) and other.dim() > len(source.shape) + 1
+    if adds_axes or len(source.shape) != len(call.shape):
         raise Refused("broadcasts the batch axis")
     return source, repetition(source.shape, call.shape)
 

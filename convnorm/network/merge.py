@@ -38,21 +38,23 @@ def compose(second: Operator, first: Operator) -> Operator:
     >>> compose(halve, double).norm(1)
     (1.0, 'exact')
     """
-    if isinstance(second, Scalar) and second.factor == 1:
+    if is_identity(second):
         return first
-    if isinstance(first, Scalar) and first.factor == 1:
+    if is_identity(first):
         return second
+    whole = Product(second, first)
     if isinstance(first, Scalar) and isinstance(second, Scalar):
-        return (
-            Product(second, first) if _rounds(second, first) else Scalar(first.in_shape, first.factor * second.factor)
-        )
+        factor = first.factor * second.factor
+        exact = math.isfinite(factor) and Fraction(first.factor) * Fraction(second.factor) == factor
+        return Scalar(first.in_shape, factor) if exact else whole
     if isinstance(first, Product):  # ((c b) a): c may merge with b, and b not with a
         joint = compose(second, first.second)
-        if not isinstance(joint, Product):
-            return compose(joint, first.first)
-        return Product(second, first)
-    whole = Product(second, first)
+        return whole if isinstance(joint, Product) else compose(joint, first.first)
     return _either(whole, _merged(second, first))
+
+
+def is_identity(operator: Operator) -> bool:
+    return isinstance(operator, Scalar) and operator.factor == 1
 
 
 def _merged(second: Operator, first: Operator) -> LayerOperator | None:
@@ -101,11 +103,6 @@ def add(one: Operator, other: Operator) -> Operator:
 def _either(parts: Operator, layer: LayerOperator | None) -> Operator:
     """Weights that outgrow float64 make no layer."""
     return Merged(parts, layer) if layer and layer.layer.weight.isfinite().all() else parts
-
-
-def _rounds(one: Scalar, other: Scalar) -> bool:
-    product = one.factor * other.factor
-    return math.isinf(product) or Fraction(one.factor) * Fraction(other.factor) != Fraction(product)
 
 
 def as_layer_operator(operator: Operator) -> LayerOperator | None:

@@ -71,8 +71,7 @@ def elementwise_largest(call: Call) -> Step:
     parts = []
     for name, beside in ((one, other), (other, one)):
         if call.depends(name):
-            value = call.arguments[beside]
-            source, spread = broadcast(call, name, value.dim() if isinstance(value, torch.Tensor) else 0)
+            source, spread = broadcast(call, name, beside)
             parts.append(source if source.shape == call.shape else linear(source, spread))
     return Joint(call.shape, tuple(parts))
 
