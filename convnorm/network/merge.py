@@ -135,14 +135,20 @@ def as_depthwise(scale: Scale, spatial: tuple[int, ...]) -> LayerOperator:
     return LayerOperator(layer, scale.in_shape, scale.channel, spatial, (scale.error, scale.error))
 
 
+def aligned(one: LayerOperator, other: LayerOperator) -> tuple[LayerOperator, LayerOperator] | None:
+    """Both along the spatial axes of either, and on the first one's device; None where these are no layer's axes."""
+    spatial = tuple(sorted({*one.spatial, *other.spatial}))
+    if one.channel != other.channel or len(spatial) > 3:
+        return None
+    one, other = lifted(one, spatial), lifted(other, spatial)
+    return one, replace(other, layer=replace(other.layer, weight=other.layer.weight.to(one.layer.weight.device)))
+
+
 def merged_layers(second: LayerOperator, first: LayerOperator) -> LayerOperator | None:
     """The layer that does both, or None."""
-    if second.channel != first.channel or len({*second.spatial, *first.spatial}) > 3:
+    if not (both := aligned(first, second)):
         return None
-    spatial = tuple(sorted({*second.spatial, *first.spatial}))
-    near, far = lifted(first, spatial), lifted(second, spatial)
-    weight = near.layer.weight
-    far = replace(far, layer=replace(far.layer, weight=far.layer.weight.to(weight.device)))
+    near, far = both
     layer = convolved(far.layer, near.layer)
     if layer is None or layer.geometry.out_shape != far.layer.geometry.out_shape:
         return None
@@ -156,51 +162,44 @@ def merged_layers(second: LayerOperator, first: LayerOperator) -> LayerOperator 
         )
         for ord, near_error, far_error in zip((1, math.inf), near.error, far.error, strict=True)
     )
-    return LayerOperator(layer, first.in_shape, first.channel, spatial, error)
+    return replace(near, layer=layer, error=error)
 
 
 def summed_layers(one: LayerOperator, other: LayerOperator) -> LayerOperator | None:
     """The layer that does the sum of both, or None: their strides must be the same, their padding zeros."""
-    if one.channel != other.channel or len({*one.spatial, *other.spatial}) > 3:
+    if not (both := aligned(one, other)):
         return None
-    spatial = tuple(sorted({*one.spatial, *other.spatial}))
-    a, b = lifted(one, spatial), lifted(other, spatial)
-    b = replace(b, layer=replace(b.layer, weight=b.layer.weight.to(a.layer.weight.device)))
-    both = (a.layer, b.layer)
-    if any(layer.transposed or padding_mode(layer) != "zeros" for layer in both):
+    a, b = layers = [operator.layer for operator in both]
+    if any(layer.transposed or padding_mode(layer) != "zeros" for layer in layers):
         return None
-    if a.layer.geometry.stride != b.layer.geometry.stride:
+    if a.geometry.stride != b.geometry.stride:
         return None
-    groups = math.gcd(a.layer.groups, b.layer.groups)
-    before = [max(p[0], q[0]) for p, q in zip(a.layer.geometry.padding, b.layer.geometry.padding, strict=True)]
-    ends = [
-        max((k - 1) * d - p[0] for k, d, p in ((la.weight.shape[2 + i], la.geometry.dilation[i], la.geometry.padding[i])
-                                               for la in (a.layer, b.layer)))
-        for i in range(len(spatial))
-    ]  # fmt: skip
-    size = [p + end + 1 for p, end in zip(before, ends, strict=True)]
-    channels = (a.layer.out_channels, a.layer.in_channels // groups)
-    if math.prod(channels) * math.prod(size) > MOST_WEIGHTS:
-        return None
-    weight = torch.zeros(*channels, *size, dtype=torch.float64, device=a.layer.weight.device)
-    for layer in (a.layer, b.layer):
-        geometry = layer.geometry
-        places = tuple(
+    groups = math.gcd(a.groups, b.groups)
+    before = [max(p, q) for (p, _), (q, _) in zip(a.geometry.padding, b.geometry.padding, strict=True)]
+    places = [
+        tuple(
             slice(most - own, most - own + (k - 1) * d + 1, d)
             for most, (own, _), k, d in zip(
-                before, geometry.padding, layer.weight.shape[2:], geometry.dilation, strict=True
+                before, layer.geometry.padding, layer.weight.shape[2:], layer.geometry.dilation, strict=True
             )
         )
-        weight[(slice(None), slice(None), *places)] += _regrouped(layer.weight.double(), layer.groups, groups)
-    layer = _layer(weight, a.layer, before, [1] * len(size), a.layer.geometry.stride, groups, "zeros",
-                   a.layer.geometry.out_shape)  # fmt: skip
+        for layer in layers
+    ]
+    size = [max(p.stop, q.stop) for p, q in zip(*places, strict=True)]
+    channels = (a.out_channels, a.in_channels // groups)
+    if math.prod(channels) * math.prod(size) > MOST_WEIGHTS:
+        return None
+    weight = torch.zeros(*channels, *size, dtype=torch.float64, device=a.weight.device)
+    for layer, taps in zip(layers, places, strict=True):
+        weight[(slice(None), slice(None), *taps)] += _regrouped(layer.weight.double(), layer.groups, groups)
+    layer = _layer(weight, a, before, [1] * len(size), a.geometry.stride, groups, "zeros", a.geometry.out_shape)
     if layer is None:
         return None
     error = tuple(
         plus(own, theirs, times(2 * EPS, plus(one.absolute(ord), other.absolute(ord))))
-        for ord, own, theirs in zip((1, math.inf), a.error, b.error, strict=True)
+        for ord, own, theirs in zip((1, math.inf), one.error, other.error, strict=True)
     )
-    return LayerOperator(layer, one.in_shape, one.channel, spatial, error)
+    return replace(both[0], layer=layer, error=error)
 
 
 def padding_mode(layer: Layer) -> str:
