@@ -269,7 +269,7 @@ class Walk:
         operation = _operation(node)
         if not isinstance(target, torch._ops.OpOverload) or operation not in RULES:
             raise Refused("has no known Lipschitz constant")
-        if _writes(node) and any(name != target._schema.arguments[0].name for name in _written(node)):
+        if target._schema.is_mutable and any(name != target._schema.arguments[0].name for name in _written(node)):
             raise Refused("writes into what is not its first argument")
         call = Call(operation, target, _arguments(target, args, kwargs), node.meta["val"])
         made = RULES[operation](call)
@@ -347,10 +347,6 @@ def _arguments(target: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any
     schema = target._schema.arguments
     given = dict(zip((a.name for a in schema), args, strict=False)) | kwargs
     return {a.name: given.get(a.name, a.default_value) for a in schema if a.name in given or a.has_default_value()}
-
-
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _written(node: fx.Node) -> dict[str, Any]:
