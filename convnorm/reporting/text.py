@@ -73,30 +73,29 @@ def ratio_text(ratio: float | None) -> str:
 
 def geometry(row: Row) -> str:
     """Stride, padding, dilation and groups where they are not the default: s2 p1 g32."""
-    return " ".join(f"{letter}{value}" for letter, value in _options(row, 1))
+    return " ".join(f"{letter}{value}" for _, letter, value in _options(row))
 
 
 def geometry_in_words(row: Row) -> str:
     """stride 2, padding 1, groups 32"""
-    return ", ".join(f"{word} {value}" for word, value in _options(row, 0))
+    return ", ".join(f"{word} {value}" for word, _, value in _options(row))
 
 
-def _options(row: Row, which: int) -> list[tuple[str, str]]:
-    shown = [
-        (("stride ", "s"), row.stride, 1),
-        (("padding ", "p"), row.padding, (0, 0)),
-        (("dilation ", "d"), row.dilation, 1),
-        (("output padding ", "o"), row.output_padding, 0),
+def _options(row: Row) -> list[tuple[str, str, str]]:
+    """Those that are not the default: as a word, as a letter, and the value."""
+    sizes = [
+        ("stride", "s", row.stride, 1),
+        ("padding", "p", row.padding, (0, 0)),
+        ("dilation", "d", row.dilation, 1),
+        ("output padding", "o", row.output_padding, 0),
     ]
-    options = [
-        (names[which].strip(), _once(value)) for names, value, default in shown if any(v != default for v in value)
-    ]
+    options = [(word, letter, _once(value)) for word, letter, value, default in sizes if set(value) - {default}]
     if row.groups > 1:
-        options.append((("groups", "g")[which], str(row.groups)))
+        options.append(("groups", "g", str(row.groups)))
     if row.padding_mode != "zeros":
-        options.append((("padding mode", "")[which], row.padding_mode))
+        options.append(("padding mode", "", row.padding_mode))
     if row.calls > 1:
-        options.append((("calls", "calls=")[which], str(row.calls)))
+        options.append(("calls", "calls=", str(row.calls)))
     return options
 
 
