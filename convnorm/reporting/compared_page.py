@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from .axis import drawable
 from .document import body, cell, document, embedded, table
 from .lines import lines, swatch
 from .text import number, power_of_ten, ratio_of, ratio_text, shortened
@@ -86,7 +87,7 @@ def _layers(name: str, rows: Sequence[dict], titles: Sequence[str], shown: bool)
     ]
     heads = ["layer", named[0], *(head for one in named[1:] for head in (one, "ratio"))]
     ratios = [[ratio_of(row["norms"][0], other) for other in row["norms"][1:]] for row in rows]
-    widest = max([abs(math.log(ratio)) for own in ratios for ratio in own if _has_log(ratio)] + [LEAST_TILT])
+    widest = max([abs(math.log(ratio)) for own in ratios for ratio in own if drawable(ratio)] + [LEAST_TILT])
     bodies = []
     for i, (row, own) in enumerate(zip(rows, ratios, strict=True)):
         first, *others = row["norms"]
@@ -120,10 +121,6 @@ def _called(layer: str) -> str:
     return layer or "(the model)"
 
 
-def _has_log(ratio: float | None) -> bool:
-    return ratio is not None and 0 < ratio < math.inf
-
-
 def _tilt(ratio: float | None, widest: float) -> str:
     """A bar from the middle, which is 1: to the left for what is smaller, to the right for what is larger.
 
@@ -132,7 +129,7 @@ def _tilt(ratio: float | None, widest: float) -> str:
     """
     if ratio is None or math.isnan(ratio):
         return ""
-    log = math.log(ratio) if _has_log(ratio) else math.copysign(widest, ratio - 1)
+    log = math.log(ratio) if drawable(ratio) else math.copysign(widest, ratio - 1)
     long = 50 * abs(log) / widest
     begin, colour = (50, "--bar2") if log > 0 else (50 - long, "--bar")
     place = f"margin-left:{begin:.1f}%;width:{long:.1f}%"

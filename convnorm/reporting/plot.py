@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .axis import drawable
 from .optional import optional
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def plot_report(report: Report, path: str | Path | None) -> Figure:
             _plain(by_depth.yaxis)
             _histogram(beside, [plain], ["tab:blue"])
         if len(report.rows) <= MOST_NAMES:
-            rows[-1][1][0].set_xticks(range(len(report.rows)), [row.name for row in report.rows], rotation=90)
+            by_depth.set_xticks(range(len(report.rows)), [row.name for row in report.rows], rotation=90)
         return _saved(figure, path)
 
 
@@ -52,14 +53,13 @@ def plot_reports(reports: Sequence[Report], path: str | Path | None) -> Figure:
             by_depth.set(ylabel=name, yscale="log")
             _plain(by_depth.yaxis)
             _histogram(beside, each, [line.get_color() for line in lines])
-        rows[0][1][0].legend(frameon=False, fontsize=8)
-        rows[-1][1][0].set_xlabel("depth, from the first layer to the last")
+        figure.axes[0].legend(frameon=False, fontsize=8)
+        by_depth.set_xlabel("depth, from the first layer to the last")
         return _saved(figure, path)
 
 
 def _panels(title: str, reports: Sequence[Report]) -> tuple[Figure, list]:
     """A row of two axes for each norm that all of them have."""
-    optional("matplotlib")
     from matplotlib.figure import Figure
 
     norms = {1: "l1", math.inf: "linf"}
@@ -100,7 +100,7 @@ def _plain(axis: Any) -> None:
 
 def _drawable(value: float | None) -> float:
     """NaN, of which nothing is drawn, for what has no place on a logarithmic axis."""
-    return value if value is not None and 0 < value < math.inf else math.nan
+    return value if drawable(value) else math.nan
 
 
 def _saved(figure: Figure, path: str | Path | None) -> Figure:
