@@ -15,6 +15,7 @@ from .comparison import Comparison, compare
 from .report import Report, report
 from .reporting.measure import Progress
 from .reporting.optional import optional
+from .reporting.row import ORDS
 
 WIDTH = 100  # of a table that goes to a file or a pipe
 RTOL = 1e-2
@@ -41,7 +42,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     )
     several.add_argument("models", metavar="MODEL", nargs="+", help="see below")
     _add_options(several)
-    several.add_argument("--layers", choices=["l1", "linf", "l2"], help="also show this norm layer by layer")
+    several.add_argument("--layers", choices=list(ORDS), help="also show this norm layer by layer")
     several.set_defaults(run=run_compare)
 
 
@@ -70,7 +71,7 @@ def run_compare(options: argparse.Namespace) -> int:
     _write(together, options)
     show(together.table(width()))
     if options.layers:
-        show(together.layer_table({"l1": 1, "l2": 2, "linf": float("inf")}[options.layers], width()))
+        show(together.layer_table(ORDS[options.layers], width()))
     return 0
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .report import Report, finite, report, written
-from .reporting.row import ORDS
+from .reporting.row import ORDS, ords_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,8 +67,7 @@ class Comparison:
     @property
     def ords(self) -> dict[str, float]:
         """Of norms that all of them have: l2 only where none left it out."""
-        measured = all(one.rtol is not None for one in self.reports)
-        return {name: ord for name, ord in ORDS.items() if ord != 2 or measured}
+        return ords_of(l2=all(one.rtol is not None for one in self.reports))
 
     def totals(self) -> list[dict[str, Any]]:
         """For each report: layers, parameters, and of l1, linf and l2 the median, the largest and log10 of the product.

@@ -11,7 +11,7 @@ from torch import nn
 
 from .. import network
 from ..geometry import GeometryError
-from .row import ORDS
+from .row import ords_of
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -42,12 +42,11 @@ def lipschitz_bounds(
     model: nn.Module | ExportedProgram, inputs: Sequence[Any], l2: bool, rtol: float
 ) -> dict[str, LipschitzBound]:
     """By norm; one node that has no known constant leaves all of them unknown."""
-    ords = {name: ord for name, ord in ORDS.items() if l2 or ord != 2}
     try:
         traced = network.trace(model, *inputs)
-        found = {name: network.lipschitz(traced, ord=ord, rtol=max(rtol, ROUGH)) for name, ord in ords.items()}
+        found = {name: network.lipschitz(traced, ord=ord, rtol=max(rtol, ROUGH)) for name, ord in ords_of(l2).items()}
     except GeometryError as error:
-        return dict.fromkeys(ords, LipschitzBound(refused=str(error).removeprefix("convnorm: ")))
+        return dict.fromkeys(ords_of(l2), LipschitzBound(refused=str(error).removeprefix("convnorm: ")))
     finally:
         gc.collect()  # an exported program refers to itself, and so would keep the weights
     return {

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from .table import fitted
-from .text import number, power_of_ten, ratio_of, ratio_text, shortened
+from .text import NAMES, number, power_of_ten, ratio_of, ratio_text, shortened
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -14,7 +13,6 @@ if TYPE_CHECKING:
     from ..comparison import Comparison
 
 LONGEST = 14  # of titles above columns
-NAMES = {1: "l1", 2: "l2, upper bound", math.inf: "linf"}
 
 
 def totals_table(comparison: Comparison, width: int) -> Table:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from html import escape
 from typing import TYPE_CHECKING
 
 from .bars import bars, histogram
 from .document import body, cell, document, embedded, table
-from .row import Measured, Row, sizes_text
+from .row import Measured, Row, ords_of, sizes_text
 from .table import summary
 from .text import beside, geometry_in_words, l2_text, number, percent
 
@@ -33,7 +32,7 @@ def _content(report: Report) -> str:
 
 def _charts(report: Report) -> str:
     names = [row.name for row in report.rows]
-    norms = {"l1": 1, "linf": math.inf} | ({} if report.rtol is None else {"l2": 2})
+    norms = ords_of(l2=report.rtol is not None)
     found = []
     for name, ord in norms.items():
         plain = [row.norms.norm(ord) for row in report.rows]

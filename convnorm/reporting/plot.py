@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from .axis import drawable
 from .optional import optional
+from .row import ords_of
+from .text import NAMES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,7 +25,7 @@ def plot_report(report: Report, path: str | Path | None) -> Figure:
     """Bars from 1 by depth for each norm, those with a batch norm as marks, and histograms beside them."""
     with optional("matplotlib").rc_context(STYLE):
         figure, rows = _panels(report.title, [report])
-        for (ord, name), (by_depth, beside) in rows:
+        for ord, by_depth, beside in rows:
             plain = [_drawable(row.norms.norm(ord)) for row in report.rows]
             by_depth.bar(range(len(plain)), [value - 1 for value in plain], bottom=1, color="tab:blue", width=0.8)
             folded = [_drawable(row.folded.norm(ord) if row.folded else None) for row in report.rows]
@@ -31,7 +33,7 @@ def plot_report(report: Report, path: str | Path | None) -> Figure:
                 by_depth.plot(folded, "_", color="tab:orange", ms=6, mew=2, label="with batch norm")
                 by_depth.legend(frameon=False, fontsize=8)
             by_depth.axhline(1, color="0.5", lw=0.8)
-            by_depth.set(ylabel=name, yscale="log")
+            by_depth.set(ylabel=NAMES[ord], yscale="log")
             _plain(by_depth.yaxis)
             _histogram(beside, [plain], ["tab:blue"])
         if len(report.rows) <= MOST_NAMES:
@@ -43,14 +45,14 @@ def plot_reports(reports: Sequence[Report], path: str | Path | None) -> Figure:
     """A line for each report, by depth from its first to its last layer; with batch norms, where they follow."""
     with optional("matplotlib").rc_context(STYLE):
         figure, rows = _panels("", reports)
-        for (ord, name), (by_depth, beside) in rows:
+        for ord, by_depth, beside in rows:
             each = [[_drawable(row.whole.norm(ord)) for row in report.rows] for report in reports]
             lines = []
             for report, values in zip(reports, each, strict=True):
                 depth = [i / max(1, len(values) - 1) for i in range(len(values))]
                 lines += by_depth.plot(depth, values, "o-", ms=3, lw=1, label=report.title)
             by_depth.axhline(1, color="0.5", lw=0.8)
-            by_depth.set(ylabel=name, yscale="log")
+            by_depth.set(ylabel=NAMES[ord], yscale="log")
             _plain(by_depth.yaxis)
             _histogram(beside, each, [line.get_color() for line in lines])
         figure.axes[0].legend(frameon=False, fontsize=8)
@@ -62,9 +64,7 @@ def _panels(title: str, reports: Sequence[Report]) -> tuple[Figure, list]:
     """A row of two axes for each norm that all of them have."""
     from matplotlib.figure import Figure
 
-    norms = {1: "l1", math.inf: "linf"}
-    if all(report.rtol is not None for report in reports):
-        norms |= {2: "l2, upper bound"}
+    norms = ords_of(l2=all(report.rtol is not None for report in reports)).values()
     figure = Figure(figsize=(11, 2.2 * len(norms) + 1), layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots(len(norms), 2, width_ratios=[4, 1], squeeze=False)
@@ -73,7 +73,7 @@ def _panels(title: str, reports: Sequence[Report]) -> tuple[Figure, list]:
         row[0].tick_params(labelbottom=False)
     for one in axes.flat:
         one.spines[["top", "right"]].set_visible(False)
-    return figure, list(zip(norms.items(), axes, strict=True))
+    return figure, [(ord, *row) for ord, row in zip(norms, axes, strict=True)]
 
 
 def _histogram(axes: Any, each: Sequence[Sequence[float]], colours: Sequence[str]) -> None:

@@ -12,6 +12,11 @@ from .calls import Found
 ORDS = {"l1": 1, "linf": math.inf, "l2": 2}  # in the order of tables
 
 
+def ords_of(l2: bool) -> dict[str, float]:
+    """Of all norms, or of those that are left without l2."""
+    return {name: ord for name, ord in ORDS.items() if l2 or ord != 2}
+
+
 @dataclass(frozen=True)
 class Measured:
     """Norms of one linear map: l1 and linf, the bracket of l2, what proves it and why it is wider than asked."""

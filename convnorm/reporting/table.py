@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import io
-import math
 from typing import TYPE_CHECKING
 
 from .optional import optional
-from .row import sizes_text
+from .row import ords_of, sizes_text
 from .text import beside, geometry, l2_text, number, percent, power_of_ten, shortened
 
 if TYPE_CHECKING:
@@ -39,8 +38,8 @@ def table(report: Report, width: int) -> Table:
 def summary(report: Report) -> list[str]:
     """What is said of the network as a whole."""
     inputs = ", ".join(sizes_text(shape) for shape in report.inputs)
-    names = {"l1": 1, "linf": math.inf} | ({} if report.rtol is None else {"l2": 2})
-    products = ", ".join(f"{name} {power_of_ten(report.log10_product(ord))}" for name, ord in names.items())
+    norms = ords_of(l2=report.rtol is not None)
+    products = ", ".join(f"{name} {power_of_ten(report.log10_product(ord))}" for name, ord in norms.items())
     lines = [
         f"{len(report.rows)} layers, {report.parameters:,} parameters{f', input {inputs}' if inputs else ''}",
         f"product of norms, batch norms included: {products}",

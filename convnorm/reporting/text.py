@@ -7,6 +7,8 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 
 from .row import Measured, Row, padding_text, sizes_text
 
+NAMES = {1: "l1", 2: "l2, upper bound", math.inf: "linf"}  # of norms, by ord
+
 
 def number(value: float | None) -> str:
     """Four digits.
