@@ -128,6 +128,10 @@ class Report:
         total = math.fsum(map(abs, logs))
         return [log / total if total else 0.0 for log in logs]
 
+    def _shares(self) -> list[dict[str, float | None]]:
+        """Of each layer, by norm."""
+        return [dict(zip(ORDS, own, strict=True)) for own in zip(*map(self.shares, ORDS.values()), strict=True)]
+
     def _logs(self, ord: float) -> list[float] | None:
         norms = [row.whole.norm(ord) for row in self.rows]
         if any(norm is None or math.isnan(norm) for norm in norms):
@@ -144,17 +148,13 @@ class Report:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """All of it, for ``Report.from_json``; written to ``path`` if there is one. NaN and inf are strings."""
-        shares = zip(*(self.shares(ord) for ord in ORDS.values()), strict=True)
         content = {
             "title": self.title,
             "inputs": self.inputs,
             "parameters": self.parameters,
             "rtol": self.rtol,
             "log10_product": {name: self.log10_product(ord) for name, ord in ORDS.items()},
-            "layers": [
-                row.to_dict() | {"share": dict(zip(ORDS, share, strict=True))}
-                for row, share in zip(self.rows, shares, strict=True)
-            ],
+            "layers": [row.to_dict() | {"share": own} for row, own in zip(self.rows, self._shares(), strict=True)],
             "unmeasured": self.unmeasured,
             "lipschitz": {name: asdict(bound) for name, bound in self.lipschitz.items()},
         }
@@ -184,9 +184,10 @@ class Report:
 
     def to_csv(self, path: str | Path | None = None) -> str:
         """A line for each layer."""
-        shares = [self.shares(ord) for ord in ORDS.values()]
-        named = [dict(zip((f"share_{name}" for name in ORDS), own, strict=True)) for own in zip(*shares, strict=True)]
-        rows = [row.to_flat() | share for row, share in zip(self.rows, named, strict=True)]
+        rows = [
+            row.to_flat() | {f"share_{name}": share for name, share in own.items()}
+            for row, own in zip(self.rows, self._shares(), strict=True)
+        ]
         stream = io.StringIO()
         writer = csv.DictWriter(stream, rows[0], lineterminator="\n")
         writer.writeheader()
