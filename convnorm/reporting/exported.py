@@ -77,13 +77,13 @@ def _memory(x: Tensor) -> tuple:
 
 
 def _layer(node: Node, weight: Tensor) -> Layer:
-    x_shape, options = _shape(_arguments(node)["input"]), _options(node)
-    n_axes = weight.dim() - 2
+    arguments, n_axes = _arguments(node), weight.dim() - 2
+    x_shape = _shape(arguments["input"])
     for size in x_shape[len(x_shape) - n_axes :]:
         if not isinstance(size, int):
             raise GeometryError(f"convnorm: input size {size} is not fixed: export the model with fixed sizes")
-    transposed = options.pop("transposed", _packet(node) in TRANSPOSED)
-    return called_layer(weight, x_shape, options, transposed)
+    transposed = arguments.get("transposed", _packet(node) in TRANSPOSED)
+    return called_layer(weight, x_shape, arguments, transposed)
 
 
 def _found(name: str, layer: Layer, nodes: list[Node], tensors: dict[str, tuple[str, Tensor]]) -> Found:
@@ -112,12 +112,6 @@ def _packet(node: Node) -> Callable | None:
 def _arguments(node: Node) -> dict[str, Any]:
     names = [argument.name for argument in node.target._schema.arguments]
     return dict(zip(names, node.args, strict=False)) | node.kwargs
-
-
-def _options(node: Node) -> dict[str, Any]:
-    left_out = ("input", "weight", "bias")
-    given = {name: value for name, value in _arguments(node).items() if name not in left_out}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
 def _shape(node: Node) -> tuple[int, ...]:

@@ -179,8 +179,7 @@ class Seen(TorchFunctionMode):
         if not held:  # the same in every model
             return
         name, kind = self._described(held)
-        options = {key: value for key, value in arguments.items() if key not in ("input", "weight", "bias")}
-        called = called_layer(weight, tuple(x.shape), options, FUNCTIONS[func] is TRANSPOSED)
+        called = called_layer(weight, tuple(x.shape), arguments, FUNCTIONS[func] is TRANSPOSED)
 
         def layer() -> Layer:
             return replace(called, weight=_value(source))
