@@ -88,6 +88,13 @@ class Use:
     in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
 
+    @staticmethod
+    def of_call(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], y: Tensor) -> Use:
+        """Of ``y = module(*args, **kwargs)``."""
+        x = args[0] if args else kwargs["input"]
+        spatial = 0 if isinstance(module, nn.Linear) else len(module.kernel_size)
+        return Use(name, module, tuple(x.shape[x.dim() - spatial :]), tuple(y.shape[y.dim() - spatial :]))
+
     @property
     def layer(self) -> Layer:
         """Its weight as it is now, and the geometry at this size."""
@@ -172,10 +179,8 @@ class Watch:
         self.running = name
 
     def _see(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], y: Tensor) -> None:
-        x = args[0] if args else kwargs["input"]
-        spatial = 0 if isinstance(module, nn.Linear) else len(module.kernel_size)
-        sizes = tuple(x.shape[x.dim() - spatial :]), tuple(y.shape[y.dim() - spatial :])
-        self._uses.setdefault((module, *sizes), Use(name, module, *sizes))
+        use = Use.of_call(name, module, args, kwargs, y)
+        self._uses.setdefault((module, use.in_shape, use.out_shape), use)
 
 
 def observe(

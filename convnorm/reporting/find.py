@@ -129,11 +129,8 @@ class Seen(TorchFunctionMode):
 
     def _leave(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], y: Tensor) -> None:
         self._inside -= 1
-        x = args[0] if args else kwargs["input"]
-        spatial = 0 if isinstance(module, nn.Linear) else len(module.kernel_size)
-        sizes = tuple(x.shape[x.dim() - spatial :]), tuple(y.shape[y.dim() - spatial :])
+        use = Use.of_call(name, module, args, kwargs, y)
         kind = next(kind.__name__ for kind in LAYERS if isinstance(module, kind))
-        use = Use(name, module, *sizes)
         weight = vars(module).get("weight")  # by a hook, which keeps that of the last true run (weight_norm)
         weight = weight if isinstance(weight, FakeTensor) else module._parameters.get("weight")
         source = None if weight is None else self._computed.of(weight)
@@ -144,7 +141,7 @@ class Seen(TorchFunctionMode):
             return use.layer if source is None else replace(use.layer, weight=_value(source))
 
         held = list(module.parameters()) if source is None else _held(source)
-        self._returned((module, id(source), *sizes), Place(name, kind, layer, held), y)
+        self._returned((use, id(source)), Place(name, kind, layer, held), y)
 
     def __torch_function__(
         self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
