@@ -32,13 +32,6 @@ def weight_of(use: Use) -> nn.Parameter:
     return weight
 
 
-def fits(own: Mapping[str, Tensor], other: Mapping[str, Tensor], count: int) -> bool:
-    """Whether the other can take the place of what is remembered of a layer of ``count`` channels."""
-    if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in other.items()}:
-        return False
-    return "channels" not in other or bool((other["channels"] < count).all())
-
-
 class Batch:
     """Layers on one device, each with a weight of its own; the paper's algorithm."""
 
@@ -122,3 +115,9 @@ class Batch:
             "channels": self.state.channels[:, i],
             "signs": signs,
         }
+
+    def fits(self, i: int, other: Mapping[str, Tensor]) -> bool:
+        """Whether the other can take the place of what is remembered of layer i."""
+        if {name: t.shape for name, t in self.remembered(i).items()} != {name: t.shape for name, t in other.items()}:
+            return False
+        return "channels" not in other or bool((other["channels"] < self.counts[i]).all())

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import library
-from .batch import Batch, fits, plan_of, weight_of
+from .batch import Batch, plan_of, weight_of
 from .layers import as_layer, current_weight
 from .released import takes_part
 from .sharded import Place, is_dtensor, kind_of, place_of, refuse_sharded, reshard
@@ -198,6 +198,7 @@ class NormDecay:
         """All that a resumed run needs to be, bit for bit, the uninterrupted one."""
         if self._pending is not None:
             return dict(self._pending)
+        places = self._places()
         return {
             "ord": self.ord,
             "momentum": self.momentum,
@@ -209,9 +210,10 @@ class NormDecay:
             ),
             "steps": int(self._batches[0].clock) if self._batches else 0,
             "scheduled": self._steps,
-            "rows": self._rows(),  # each rank saves its own
+            "rows": {label: batch.rows(j) for label, (batch, j) in places.items()},  # each rank saves its own
             "layers": {
-                label: {name: t.clone() for name, t in own.items()} for label, own in self._remembered().items()
+                label: {name: t.clone() for name, t in batch.remembered(j).items()}
+                for label, (batch, j) in places.items()
             },
         }
 
@@ -234,15 +236,15 @@ class NormDecay:
             if label not in layers or label not in labels:
                 where = "the state" if label in labels else "this model"
                 raise ValueError(f"convnorm: layer {label!r} is not in {where}: the state is that of another model")
-        own, counts = self._remembered(), self._counts()
-        if misfits := [label for label in layers if not fits(own[label], layers[label], counts[label])]:
+        places, saved = self._places() if layers else {}, state.get("rows", {})
+        if misfits := [label for label, (batch, j) in places.items() if not batch.fits(j, layers[label])]:
             raise ValueError(f"convnorm: the state does not fit layer {', '.join(map(repr, misfits))}")
-        rows, saved = self._rows(), state.get("rows", {})
-        for label in layers:
-            if list(saved.get(label, rows[label])) != rows[label]:
+        for label, (batch, j) in places.items():
+            rows = batch.rows(j)
+            if list(saved.get(label, rows)) != rows:
                 raise ValueError(
                     "convnorm: the state is of rows {} to {} of {} of layer {!r}, here are rows {} to {} of {}: each "
-                    "rank loads what it saved itself, on as many ranks".format(*saved[label], label, *rows[label])
+                    "rank loads what it saved itself, on as many ranks".format(*saved[label], label, *rows)
                 )
         self._restore(layers, state["steps"])
         self._steps = state.get("scheduled", state["steps"])  # a schedule may have been set on the way
@@ -259,30 +261,22 @@ class NormDecay:
         if all(weight is not None and not weight.is_meta for weight in weights):
             self.batches()
 
-    def _remembered(self) -> dict[str, dict[str, Tensor]]:
-        labels = self._labels()
-        found = {i: batch.remembered(j) for batch in self._batches for j, i in enumerate(batch.members)}
-        return {labels[i]: found[i] for i in sorted(found)}
+    def _places(self) -> dict[str, tuple[Batch, int]]:
+        """Where each layer is: in which batch, and its number there."""
+        found = {i: (batch, j) for batch in self._batches for j, i in enumerate(batch.members)}
+        return {label: found[i] for i, label in enumerate(self._labels()) if found}
 
-    def _counts(self) -> dict[str, int]:
-        """How many channels each layer has that could win."""
-        labels = self._labels()
-        return {labels[i]: batch.counts[j] for batch in self._batches for j, i in enumerate(batch.members)}
-
-    def _rows(self) -> dict[str, list[int]]:
-        """Which rows of each layer this rank remembers: from, to, of how many."""
-        labels = self._labels()
-        return {labels[i]: batch.rows(j) for batch in self._batches for j, i in enumerate(batch.members)}
-
-    def _restore(self, layers: Mapping[str, Mapping[str, Tensor]], steps: int) -> None:
-        """Take over what fits."""
+    def _restore(self, layers: Mapping[str, Mapping[str, Tensor]], steps: int) -> list[str]:
+        """Take over what fits. Returns the layers that it was of."""
         for batch in self._batches:
             batch.clock.fill_(steps)
-        own, counts = self._remembered(), self._counts()
-        for label in own.keys() & layers.keys():
-            if fits(own[label], layers[label], counts[label]):
-                for name, tensor in own[label].items():
+        restored = []
+        for label, (batch, j) in self._places().items():
+            if label in layers and batch.fits(j, layers[label]):
+                for name, tensor in batch.remembered(j).items():
                     tensor.copy_(layers[label][name])
+                restored.append(label)
+        return restored
 
     # --- the layers --------------------------------------------------------------------------------------------------
 
@@ -370,12 +364,12 @@ class NormDecay:
         """Weights were replaced, moved or sharded: follow them, with what is remembered of the old ones."""
         labels, steps = self._labels(), int(self._batches[0].clock)
         replaced = [labels[batch.members[j]] for batch in self._batches for j in batch.replaced()]
-        before, counts = self._remembered(), self._counts()
+        before = self._places()
         self._bind()
-        kept = {label: before[label] for label, count in self._counts().items() if count == counts[label]}
-        self._restore(kept, steps)
-        after = self._remembered()
-        anew = [label for label in labels if label not in kept or not fits(after[label], kept[label], counts[label])]
+        counts = {label: batch.counts[j] for label, (batch, j) in self._places().items()}
+        kept = {label: old.remembered(j) for label, (old, j) in before.items() if old.counts[j] == counts[label]}
+        restored = self._restore(kept, steps)
+        anew = [label for label in labels if label not in restored]
         if steps and (replaced or anew):
             lost = f"; the average of {', '.join(map(repr, anew))} starts anew" if anew else ""
             what = f"{', '.join(map(repr, replaced or anew))} was {'replaced' if replaced else 'cast'}"
