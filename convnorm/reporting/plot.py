@@ -32,10 +32,7 @@ def plot_report(report: Report, path: str | Path | None) -> Figure:
             if not all(map(math.isnan, folded)):
                 by_depth.plot(folded, "_", color="tab:orange", ms=6, mew=2, label="with batch norm")
                 by_depth.legend(frameon=False, fontsize=8)
-            by_depth.axhline(1, color="0.5", lw=0.8)
-            by_depth.set(ylabel=NAMES[ord], yscale="log")
-            _plain(by_depth.yaxis)
-            _histogram(beside, [plain], ["tab:blue"])
+            _finish(ord, by_depth, beside, [plain], ["tab:blue"])
         if len(report.rows) <= MOST_NAMES:
             by_depth.set_xticks(range(len(report.rows)), [row.name for row in report.rows], rotation=90)
         return _saved(figure, path)
@@ -51,10 +48,7 @@ def plot_reports(reports: Sequence[Report], path: str | Path | None) -> Figure:
             for report, values in zip(reports, each, strict=True):
                 depth = [i / max(1, len(values) - 1) for i in range(len(values))]
                 lines += by_depth.plot(depth, values, "o-", ms=3, lw=1, label=report.title)
-            by_depth.axhline(1, color="0.5", lw=0.8)
-            by_depth.set(ylabel=NAMES[ord], yscale="log")
-            _plain(by_depth.yaxis)
-            _histogram(beside, each, [line.get_color() for line in lines])
+            _finish(ord, by_depth, beside, each, [line.get_color() for line in lines])
         figure.axes[0].legend(frameon=False, fontsize=8)
         by_depth.set_xlabel("depth, from the first layer to the last")
         return _saved(figure, path)
@@ -76,16 +70,19 @@ def _panels(title: str, reports: Sequence[Report]) -> tuple[Figure, list]:
     return figure, [(ord, *row) for ord, row in zip(norms, axes, strict=True)]
 
 
-def _histogram(axes: Any, each: Sequence[Sequence[float]], colours: Sequence[str]) -> None:
-    """How many layers have which norm, over the same logarithmic bins."""
+def _finish(ord: float, by_depth: Any, beside: Any, each: Sequence[Sequence[float]], colours: Sequence[str]) -> None:
+    """What surrounds the norms by depth; and beside it how many layers have which, over the same logarithmic bins."""
+    by_depth.axhline(1, color="0.5", lw=0.8)
+    by_depth.set(ylabel=NAMES[ord], yscale="log")
+    _plain(by_depth.yaxis)
     values = [[math.log10(value) for value in own if not math.isnan(value)] for own in each]
     together = [value for own in values for value in own]
     if together:
         low, high = min(together) - 0.05, max(together) + 0.05
         edges = [10 ** (low + i * (high - low) / 16) for i in range(17)]
-        axes.hist([[10**value for value in own] for own in values], edges, color=colours)
-    axes.set(xscale="log", ylabel="layers")
-    _plain(axes.xaxis)
+        beside.hist([[10**value for value in own] for own in values], edges, color=colours)
+    beside.set(xscale="log", ylabel="layers")
+    _plain(beside.xaxis)
 
 
 def _plain(axis: Any) -> None:
