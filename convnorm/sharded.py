@@ -212,17 +212,17 @@ class Sharded(Batch):
         if not members:
             return
         best = torch.full((len(members), 3), -1.0, dtype=torch.float64, device=self.place.device)
-        held = [n for n, i in enumerate(members) if weights[i].numel()]
+        held = [(n, i) for n, i in enumerate(members) if weights[i].numel()]
         if held:
-            plan = "".join(self._parts[members[n]].own_layer.text for n in held)
-            values = library.read([weights[members[n]] for n in held], plan)
-            for k, n in enumerate(held):
+            plan = "".join(self._parts[i].own_layer.text for _, i in held)
+            values = library.read([weights[i] for _, i in held], plan)
+            for k, (n, i) in enumerate(held):
                 best[n, 0] = values[int(self.linf)][k]
                 best[n, 1:] = values[2][k, int(self.linf)]
-                best[n, 1] += self._parts[members[n]].begin
+                best[n, 1] += self._parts[i].begin
         every = self._gather(best)
         first = every[..., 0].argmax(0)  # of ranks that have the largest; NaN counts as such
-        best = every.gather(0, first[None, :, None].expand(1, -1, 3)).squeeze(0)
+        best = every[first, torch.arange(len(members), device=every.device)]
         for n, i in enumerate(members):
             self.state.norms[i], self.state.winners[i] = best[n, 0], best[n, 1:]
 
