@@ -91,14 +91,15 @@ class SGD(torch.optim.SGD):
 
     def _read_once(self, fitting: Collection[Tensor]) -> Batch | None:
         """The layers that are stepped and measured in one read, if they all can be."""
-        if backend_for(torch.device("cpu")) != "native" or getattr(self, "found_inf", None) is not None:
+        if getattr(self, "found_inf", None) is not None:
             return None
         whole = [
             batch
             for batch in self.norm_decay.batches()
             if type(batch) is Batch and all(weight in fitting for weight in batch.weights)
         ]
-        return whole[0] if len(whole) == 1 else None  # there are more where layers share a weight
+        alone = len(whole) == 1  # there are more where layers share a weight
+        return whole[0] if alone and backend_for(torch.device("cpu")) == "native" else None
 
     def _step_and_measure(self, batch: Batch, groups: Mapping[Tensor, Mapping[str, Any]]) -> None:
         """All weights of ``groups``, those of the layers first."""

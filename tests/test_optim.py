@@ -158,6 +158,15 @@ def test_other_backends(backend):
         assert_same(*both(lr=0.1, momentum=0.9))
 
 
+def test_a_backend_need_not_serve_where_no_weights_are(monkeypatch):
+    """As Triton does not serve CPUs. Weights without values are refused for that, by norm decay."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    model = nn.Linear(3, 3, device="meta")
+    optimizer = convnorm.optim.SGD(model.parameters(), norm_decay=convnorm.NormDecay(model, [1, 3], beta=0.3))
+    with convnorm.use_backend("triton"), pytest.raises(RuntimeError, match="give it values first"):
+        optimizer.step()
+
+
 def test_hooks_run_once_and_schedulers_are_content():
     model = network()
     torch.optim.SGD(model.parameters(), lr=1.0)  # has torch wrap its step
