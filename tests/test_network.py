@@ -361,6 +361,24 @@ def test_what_is_written_without_gradients_is_seen():
             lipschitz(Counting(write), [2, 3])
 
 
+class Observing(nn.Module):
+    """Writes down what it sees, and does not read it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("largest", torch.zeros(3))
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.largest.copy_(torch.maximum(self.largest, x.amax(0)))
+        self.largest.mul_(0.9)
+        return 2 * x
+
+
+def test_what_is_written_and_not_read_is_no_part_of_a_network():
+    assert lipschitz(Observing(), [2, 3], ord=1).upper == 2
+
+
 def test_operations_in_place_are_those_of_their_results():
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Hardtanh(inplace=True))
     plain = nn.Sequential(model[0], nn.ReLU(), nn.Hardtanh())

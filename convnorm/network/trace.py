@@ -209,11 +209,16 @@ class Walk:
             yield Input(tuple(meta.shape[1:]))
 
     def needed(self) -> set[fx.Node]:
-        """The nodes that the output depends on, and those that write."""
+        """The nodes that the output depends on, also by what they write into a tensor that is read later."""
+        owners: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            owners[node] = owners.get(_viewed(node), node)
         needed: set[fx.Node] = set()
+        read: set[fx.Node] = set()  # their owners
         for node in reversed(self.graph.nodes):
-            if node.op == "output" or node in needed or _written(node):
+            if node.op == "output" or node in needed or any(owners[x] in read for x in _overwritten(node)):
                 needed.update(node.all_input_nodes, [node])
+                read.update(owners[x] for x in node.all_input_nodes)
         return needed
 
     def read(self, node: fx.Node) -> Any:
@@ -286,15 +291,11 @@ class Walk:
             raise Refused(f"rounds to {meta.dtype}")
 
     def stored(self, node: fx.Node, content: Any) -> Value:
-        """What the node has made, in the storage of what it writes, or of its first input, where that may be a view."""
-        written = [x for x in tree_iter(_written(node)) if isinstance(x, fx.Node)]
-        for x in written:
+        """What the node has made, in the storage of what it is a view of."""
+        for x in _overwritten(node):
             self.values[x].storage.version += 1
-        views = node.target is operator.getitem or "dropout" in _operation(node)
-        if isinstance(node.target, torch._ops.OpOverload):
-            views = views or any(r.alias_info is not None for r in node.target._schema.returns)
-        shared = (written or node.args)[0] if views else None
-        return Value(content, self.values[shared].storage) if isinstance(shared, fx.Node) else Value(content)
+        viewed = _viewed(node)
+        return Value(content) if viewed is node else Value(content, self.values[viewed].storage)
 
     def constant(self, node: fx.Node, args: tuple, kwargs: dict[str, Any]) -> Value:
         target = node.target
@@ -359,6 +360,19 @@ def _written(node: fx.Node) -> dict[str, Any]:
     if given.get("training") or given.get("use_input_stats"):
         names += ["running_mean", "running_var"]  # which the schemas of norms conceal
     return {name: given[name] for name in names if given.get(name) is not None}
+
+
+def _overwritten(node: fx.Node) -> list[fx.Node]:
+    return [x for x in tree_iter(_written(node)) if isinstance(x, fx.Node)]
+
+
+def _viewed(node: fx.Node) -> fx.Node:
+    """What the node writes, or its first input, where its output may be a view of that; itself where that is new."""
+    views = node.target is operator.getitem or "dropout" in _operation(node)
+    if isinstance(node.target, torch._ops.OpOverload):
+        views = views or any(r.alias_info is not None for r in node.target._schema.returns)
+    shared = (_overwritten(node) or node.args)[0] if views else node
+    return shared if isinstance(shared, fx.Node) else node
 
 
 def _calls(node: fx.Node) -> list[Region]:
