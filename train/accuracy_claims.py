@@ -15,16 +15,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .cell import STRENGTHS
+from .cell import Setting, settings, strongest
 from .claims import ONE_NETWORK, UNDECIDED, Judgement, Verdict, count, judge, nothing_compared, points, span
 from .published import CLEAN_IMAGES, MODELS, ROBUST_IMAGES, TABLE2
-from .report import Report, Setting, accuracy, table
+from .report import Report, accuracy, table
 from .rows import Row, flags
 from .statistics import LEVEL, Interval, holm, hull, mcnemar, normal, over_images, students_t
 
-_METHODS = {method: strengths for method, strengths in STRENGTHS["table2"].items() if method != "plain"}
-REGULARISED: list[Setting] = [(method, strength) for method, strengths in _METHODS.items() for strength in strengths]
-STRONGEST: list[Setting] = [(method, strengths[0]) for method, strengths in _METHODS.items()]
+REGULARISED = settings("table2")[1:]
+STRONGEST = strongest("table2")
 
 
 @dataclass(frozen=True)
@@ -78,20 +77,17 @@ def verdict(report: Report, claim: Claim) -> Verdict:
 def _pairs(report: Report, claim: Claim) -> tuple[list[Pair], list[str]]:
     """Every regularised network that can be compared, and in words which cannot and why."""
     pairs, caveats = [], defaultdict(list)
-    for model in MODELS:
-        plains = {row["cell"]["seed"]: row for row in report.ended(model, "plain", None)}
-        for row in (row for setting in claim.settings for row in report.ended(model, *setting)):
-            plain = plains.get(row["cell"]["seed"])
-            if doubt := report.doubt(plain):
-                caveats[f"left out: the plain network of their model and seed {doubt}"].append(row)
-            elif (doubt := report.doubt(row)) and claim.which == "robust":
-                caveats[f"left out: they {doubt}, and have no robustness to lose"].append(row)
-            else:
-                pairs.append(_pair(row, plain, claim.which))
-                if "diverged" in row:
-                    caveats["diverged, and count as right about no image"].append(row)
-                elif doubt:
-                    caveats["may be guessing, and count: they were regularised until nothing was learnt"].append(row)
+    for row, plain in report.beside_plain(claim.settings):
+        if doubt := report.doubt(plain):
+            caveats[f"left out: the plain network of their model and seed {doubt}"].append(row)
+        elif (doubt := report.doubt(row)) and claim.which == "robust":
+            caveats[f"left out: they {doubt}, and have no robustness to lose"].append(row)
+        else:
+            pairs.append(_pair(row, plain, claim.which))
+            if "diverged" in row:
+                caveats["diverged, and count as right about no image"].append(row)
+            elif doubt:
+                caveats["may be guessing, and count: they were regularised until nothing was learnt"].append(row)
     return pairs, [f"{count(rows)} {what}." for what, rows in caveats.items()]
 
 

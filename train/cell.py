@@ -18,6 +18,17 @@ STRENGTHS: dict[str, dict[str, tuple[float | None, ...]]] = {  # of each method 
     "figure2": {"plain": (None,), "pgd-at": (None,), "alp": (1.0,), "trades": (1.0,)},
 }
 METHODS = tuple(dict.fromkeys(method for methods in STRENGTHS.values() for method in methods))
+Setting = tuple[str, float | None]  # method, strength
+
+
+def settings(experiment: str) -> list[Setting]:
+    """Of each model: plain first, and then the strongest of each method first."""
+    return [(method, strength) for method, strengths in STRENGTHS[experiment].items() for strength in strengths]
+
+
+def strongest(experiment: str) -> list[Setting]:
+    """Of each method but plain."""
+    return [(method, strengths[0]) for method, strengths in STRENGTHS[experiment].items() if method != "plain"]
 
 
 @dataclass(frozen=True)
@@ -106,8 +117,7 @@ class Protocol:
             Cell(model, method, strength, seed)
             for seed in range(self.seeds)
             for model in PAPER
-            for method, strengths in STRENGTHS[self.experiment].items()
-            for strength in strengths
+            for method, strength in settings(self.experiment)
         ]
 
 

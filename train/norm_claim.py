@@ -13,17 +13,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .cell import STRENGTHS
+from .cell import strongest
 from .claims import COMPARABLE, ONE_NETWORK, UNDECIDED, Judgement, Verdict, count, judge, nothing_compared, span
 from .published import METHODS, MODELS
-from .report import Report, Setting, norms_of, table
+from .report import Report, norms_of, table
 from .rows import Row, flags
 from .statistics import LEVEL, Interval, holm, over_images, signed_rank, students_t
 
 NORMS = ("linf", "l1", "l2")  # the paper's text, its released code, and the one that Lipschitz constants are usually of
-ADVERSARIAL: list[Setting] = [
-    (method, strengths[0]) for method, strengths in STRENGTHS["figure2"].items() if method != "plain"
-]
+ADVERSARIAL = strongest("figure2")
 CAVEATS = {  # by the part of a row that the norms are in
     "norms": "A convolution that a batch norm follows can be scaled at will without changing the network: these norms "
     "are of the weights, and not of the function.",
@@ -72,16 +70,13 @@ def verdict(report: Report, norm: str, part: str = "norms") -> Verdict:
 def _comparisons(report: Report, norm: str, part: str) -> tuple[list[Comparison], list[str]]:
     """Those that mean something, and in words which others do not and why."""
     comparisons, reasons = [], defaultdict(list)
-    for model in MODELS:
-        plains = {row["cell"]["seed"]: row for row in report.ended(model, "plain", None)}
-        for row in (row for setting in ADVERSARIAL for row in report.ended(model, *setting)):
-            plain = plains.get(row["cell"]["seed"])
-            if reason := _why_not(report, row, plain, norm, part):
-                reasons[reason].append(row)
-            else:
-                logarithms = np.log(norms_of(row, norm, part) / norms_of(plain, norm, part))
-                cell = row["cell"]
-                comparisons.append(Comparison(cell["model"], cell["method"], cell["seed"], logarithms))
+    for row, plain in report.beside_plain(ADVERSARIAL):
+        if reason := _why_not(report, row, plain, norm, part):
+            reasons[reason].append(row)
+        else:
+            logarithms = np.log(norms_of(row, norm, part) / norms_of(plain, norm, part))
+            cell = row["cell"]
+            comparisons.append(Comparison(cell["model"], cell["method"], cell["seed"], logarithms))
     return comparisons, [f"{count(rows)} left out: {reason}." for reason, rows in reasons.items()]
 
 

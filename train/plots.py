@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from .accuracy_claims import STRONGEST
+from .cell import Setting, strongest
 from .published import METHODS, MODELS, TABLE2
-from .report import Report, Setting, accuracy, middles, norms_of
+from .report import Report, accuracy, middles, norms_of
 from .rows import Row
 from .statistics import geometric_mean, scipy_stats
 
@@ -125,7 +125,7 @@ def histories(report: Report, norms: Sequence[str], file: Path) -> None:
 
 def layers(report: Report, model: str, norms: Sequence[str], file: Path) -> None:
     """The norm of each layer of one model, by method: its strongest strength, and as a line the plain network's."""
-    settings: Sequence[Setting] = STRONGEST if report.protocol.experiment == "table2" else report.settings[1:]
+    settings = strongest(report.protocol.experiment)
     plain = report.seeds(model, "plain", None)
     with drawing(file, (10, 1.7 * len(settings) + 0.6)) as figure:
         grid = figure.subplots(len(settings), len(norms), sharex=True, sharey="col", squeeze=False)

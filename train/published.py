@@ -5,7 +5,7 @@ Clean and robust accuracies in percent, of one seed. Robust against AutoAttack, 
 
 from __future__ import annotations
 
-from .cell import STRENGTHS
+from .cell import settings
 
 MODELS = {"vgg11": "VGG-11", "resnet18": "ResNet-18", "senet18": "SENet-18", "regnetx200mf": "RegNetX-200MF"}
 METHODS = {
@@ -24,7 +24,6 @@ ROBUST_IMAGES = 1_024  # one batch of the released code
 
 Key = tuple[str, str, float | None]  # model, method, strength
 
-_COLUMNS = [(method, strength) for method, strengths in STRENGTHS["table2"].items() for strength in strengths]
 _PRINTED = {  # plain | weight decay | singular value clipping | l1 norm decay | linf norm decay, the strongest first
     "vgg11": (
         "90.4 | 91.6 91.7 90.1 90.2 | 87.6 89.1 90.0 89.9 | 88.1 91.1 90.6 90.8 | 91.8 91.1 90.8 90.6",
@@ -52,5 +51,5 @@ def _numbers(line: str) -> list[float | None]:
 TABLE2: dict[Key, tuple[float, float | None]] = {
     (model, *column): (clean, robust)
     for model, (cleans, robusts) in _PRINTED.items()
-    for column, clean, robust in zip(_COLUMNS, _numbers(cleans), _numbers(robusts), strict=True)
+    for column, clean, robust in zip(settings("table2"), _numbers(cleans), _numbers(robusts), strict=True)
 }

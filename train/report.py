@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from . import cifar, synthetic
-from .cell import PUBLISHED, STANDARD, STRENGTHS, Cell, Protocol
+from .cell import PUBLISHED, STANDARD, Cell, Protocol, Setting, settings
+from .published import MODELS
 from .rows import Row, check_same
 from .statistics import wilson
-
-Setting = tuple[str, float | None]  # method, strength
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,8 @@ class Report:
 
     @property
     def settings(self) -> list[Setting]:
-        """Method and strength of each line of its table, plain first and then the strongest of each method first."""
-        methods = STRENGTHS[self.protocol.experiment]
-        return [(method, strength) for method, strengths in methods.items() for strength in strengths]
+        """Those of each line of its table."""
+        return settings(self.protocol.experiment)
 
     def seeds(self, model: str, method: str, strength: float | None) -> list[Row]:
         """The rows of one setting, by seed; empty where all are missing or diverged."""
@@ -63,6 +61,13 @@ class Report:
     def ended(self, model: str, method: str, strength: float | None) -> list[Row]:
         """Both."""
         return self.seeds(model, method, strength) + self.lost(model, method, strength)
+
+    def beside_plain(self, settings: Iterable[Setting]) -> Iterator[tuple[Row, Row | None]]:
+        """The rows of these settings, each with the plain network's of its model and seed, where there is one."""
+        for model in MODELS:
+            plains = {row["cell"]["seed"]: row for row in self.ended(model, "plain", None)}
+            for row in (row for setting in settings for row in self.ended(model, *setting)):
+                yield row, plains.get(row["cell"]["seed"])
 
     def absent(self, model: str, method: str, strength: float | None) -> str:
         """Why a setting has no rows."""
