@@ -161,11 +161,7 @@ def run_all(options: argparse.Namespace) -> int:
     if not options.render:
         data, directory = given(options)
         how = chosen(options, options.experiment, data)
-        cells = how.cells()
-        if not only(cells, options):
-            raise ValueError(f"--only {' '.join(options.only)} is none of the cells, such as {cells[0].name}")
-        missing = only(rows.missing(out, cells, how), options)
-        failed = fill(missing, Work(how, out, directory, options.device, options.threads or 1), options)
+        failed = fill(how.cells(), how, out, directory, options)
     print(PAGES[options.experiment](rows.read(out), out))
     return 1 if failed else 0
 
@@ -184,12 +180,8 @@ def run_widths(options: argparse.Namespace) -> int:
     check_usable(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)  # of the evaluations, in this process
-    parts = list(widths.parts(how, out))
-    if not only(parts[0][2], options):
-        raise ValueError(f"--only {' '.join(options.only)} is none of the cells, such as {parts[0][2][0].name}")
-    for part, folder, cells in parts:
-        missing = only(rows.missing(folder, cells, part), options)
-        failed += fill(missing, Work(part, folder, directory, options.device, options.threads or 1), options)
+    for part, folder, cells in widths.parts(how, out):
+        failed += fill(cells, part, folder, directory, options)
         for cell in only(cells, options):
             place = widths.evaluation(folder, cell)
             file = rows.path(folder, cell)
@@ -213,24 +205,29 @@ def only(cells: Sequence[Cell], options: argparse.Namespace) -> list[Cell]:
     return [cell for cell in cells if any(fnmatchcase(cell.name, pattern) for pattern in options.only)]
 
 
-def fill(missing: Sequence[Cell], work: Work, options: argparse.Namespace) -> int:
-    """Trains them; how many failed."""
+def fill(cells: Sequence[Cell], how: Protocol, out: Path, directory: Path | None, options: argparse.Namespace) -> int:
+    """Trains those that are asked for and have no row; how many failed."""
+    asked = only(cells, options)
+    if not asked:
+        raise ValueError(f"--only {' '.join(options.only)} is none of the cells, such as {cells[0].name}")
+    missing = rows.missing(out, asked, how)
     if not missing:
         return 0
     if "LOCAL_RANK" in os.environ:
         raise ValueError("torchrun is for one network: python -m train run; cells are spread by --engine and --jobs")
+    work = Work(how, out, directory, options.device, options.threads or 1)
     jobs = options.jobs or work.places()
     waiting, failed = list(missing), 0
     board = Board(len(missing))
     with board.shown():
         for ended in ENGINES[options.engine](missing, work, min(jobs, len(missing))):
             if ended is None:
-                board.look(work.out, waiting)
+                board.look(out, waiting)
                 continue
             cell, error = ended
             waiting.remove(cell)
             failed += error is not None
-            board.ended(cell, error or rows.read_one(rows.path(work.out, cell)))
+            board.ended(cell, error or rows.read_one(rows.path(out, cell)))
     return failed
 
 
