@@ -26,7 +26,7 @@ from .evaluation_page import render
 from .made import made_by
 from .measures import STEPS, Spectrum, ascend, confidences, local_lipschitz, margins, robust_and_stable, spectrum
 from .ranks import check_usable
-from .run import AT_ONCE, folded_norms_of, norms_of
+from .run import AT_ONCE, folded_norms_of, is_right, norms_of
 from .training import network, read
 
 ATTACKS = {"standard": STANDARD, "released": RELEASED, "pgd": ("pgd",)}
@@ -130,7 +130,7 @@ def evaluate(
         )
 
     tell(f"accuracy on {len(test):,} images")
-    clean = torch.cat([logits_of(model, inputs(part)).argmax(1) for part in test.pixels.split(AT_ONCE)]) == test.labels
+    clean, _ = is_right(model, test)
     logits = logits_of(model, x)
     if not logits.isfinite().all():
         raise ValueError(f"checkpoint {str(checkpoint)!r} gives logits that are not finite")

@@ -98,28 +98,29 @@ def quantiles(found: Found) -> str:
 
 
 def layers(found: Found) -> str:
-    lines = []
-    columns = (found["norms"][name] for name in ("l1", "linf", "l2"))
-    for name, l1, linf, (low, high), values in zip(found["layers"], *columns, found["spectra"], strict=True):
-        line = [f"`{name}`", f"{l1:.4g}", f"{linf:.4g}", f"{low:.4g} to {high:.4g}"]
+    lines = _norms(found, "norms")
+    for line, values in zip(lines, found["spectra"], strict=True):
         if values["values"]:
             smallest, middle = values["ranks"][-1], values["ranks"][len(values["ranks"]) // 2]
             line += [f"{values['values']:,}" + (" c" if values["circular"] else ""), f"{values['mean']:.3g}"]
             line += [f"{values['deviation']:.3g}", f"{middle:.3g}", f"{smallest:.2g}"]
         else:
             line += ["none"] + ["-"] * 4
-        lines.append(line)
     head = ["layer", "l1", "linf", "l2", "singular values", "mean", "deviation", "median", "smallest"]
     return table(head, lines)
 
 
 def folded(found: Found) -> str:
-    columns = (found["folded"][name] for name in ("l1", "linf", "l2"))
-    lines = [
+    return table(["layer", "l1", "linf", "l2"], _norms(found, "folded"))
+
+
+def _norms(found: Found, part: str) -> list[list[str]]:
+    """Each layer's name and norms."""
+    columns = (found[part][name] for name in ("l1", "linf", "l2"))
+    return [
         [f"`{name}`", f"{l1:.4g}", f"{linf:.4g}", f"{low:.4g} to {high:.4g}"]
         for name, l1, linf, (low, high) in zip(found["layers"], *columns, strict=True)
     ]
-    return table(["layer", "l1", "linf", "l2"], lines)
 
 
 def distributions(found: Found, file: Path) -> None:
