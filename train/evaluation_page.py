@@ -12,7 +12,7 @@ from .cell import Cell
 from .measures import STEPS
 from .plots import drawing
 from .published import METHODS, MODELS
-from .report import image, table
+from .report import image, table, write
 from .statistics import normal
 
 CLEAN, ATTACKED = "#0072B2", "#D55E00"  # after Okabe & Ito: told apart by colour-blind readers
@@ -27,9 +27,7 @@ def render(found: Found, out: Path) -> Path:
     distributions(found, figures / "distributions")
     spectra(found, figures / "spectra")
     norms(found, figures / "norms")
-    page = out / "evaluation.md"
-    page.write_text("\n\n".join(_sections(found)) + "\n", encoding="utf-8")
-    return page
+    return write(out / "evaluation.md", _sections(found))
 
 
 def _sections(found: Found) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from . import claims, norm_claim, plots
 from .published import METHODS, MODELS
-from .report import Report, image, norms_of, table
+from .report import Report, image, norms_of, table, write
 from .rows import Row
 from .statistics import geometric_mean
 
@@ -28,10 +28,7 @@ def render(rows: Iterable[Row], out: Path) -> Path:
     folded = any("folded" in row for row in report.rows.values())  # older rows are without
     parts = ["norms", "folded"] if folded else ["norms"]
     verdicts = [norm_claim.verdict(report, norm, part) for part in parts for norm in norm_claim.NORMS]
-    page = out / "figure2.md"
-    sections = _sections(report, verdicts, [norm_claim.CAVEATS[part] for part in parts])
-    page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
-    return page
+    return write(out / "figure2.md", _sections(report, verdicts, [norm_claim.CAVEATS[part] for part in parts]))
 
 
 def _sections(report: Report, verdicts: list[claims.Verdict], caveats: list[str]) -> list[str]:

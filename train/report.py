@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -211,6 +212,12 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """In Markdown."""
     rule = ["---"] * len(head)
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
+
+
+def write(page: Path, sections: Iterable[str]) -> Path:
+    """Of Markdown; returns the page."""
+    page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    return page
 
 
 def image(file: str, what: str) -> str:

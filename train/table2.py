@@ -8,7 +8,7 @@ from statistics import mean
 
 from . import accuracy_claims, claims, plots
 from .published import CLEAN_IMAGES, METHODS, MODELS, ROBUST_IMAGES, TABLE2
-from .report import Report, image, table
+from .report import Report, image, table, write
 from .rows import Row
 from .statistics import wilson
 
@@ -25,9 +25,7 @@ def render(rows: Iterable[Row], out: Path) -> Path:
         plots.layers(report, model, NORMS[:2], figures / f"table2-layers-{model}")
     made = (accuracy_claims.IMPROVES_CLEAN, accuracy_claims.COSTS_ROBUST)
     verdicts = [accuracy_claims.verdict(report, claim) for claim in made]
-    page = out / "table2.md"
-    page.write_text("\n\n".join(_sections(report, verdicts)) + "\n", encoding="utf-8")
-    return page
+    return write(out / "table2.md", _sections(report, verdicts))
 
 
 def _sections(report: Report, verdicts: list[claims.Verdict]) -> list[str]:

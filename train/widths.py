@@ -18,7 +18,7 @@ import numpy as np
 
 from .cell import Cell, Protocol
 from .plots import drawing
-from .report import image, table
+from .report import image, table, write
 from .rows import Row
 from .rows import read as read_rows
 
@@ -80,9 +80,7 @@ def render(out: Path) -> Path:
     if not found:
         raise ValueError(f"folder {str(out)!r} holds no evaluation: there is nothing to show")
     draw(found, out / "figures" / "widths")
-    page = out / "widths.md"
-    page.write_text("\n\n".join(_sections(found, diverged(out))) + "\n", encoding="utf-8")
-    return page
+    return write(out / "widths.md", _sections(found, diverged(out)))
 
 
 def _sections(found: Sequence[Found], diverged: Sequence[Row]) -> Iterator[str]:
