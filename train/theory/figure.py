@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,17 +38,13 @@ def draw(
         raise ImportError('the figures need matplotlib: pip install "convnorm[train]"') from error
     from matplotlib.figure import Figure
 
-    pictures = {"theorem2": picture(robust), "proposition2": picture(steep)}
-
-    def panel(name: str, axes: Axes) -> None:
-        if name == "proposition1":
-            draw_layers(axes, annulled, norm)
-        elif name == "segment":
-            draw_segment(axes, robust, steep, points, labels, eps)
-        else:
-            draw_map(axes, pictures[name], points, labels, eps)
-        axes.set_title(titles[name], fontsize=10, loc="left")
-
+    given = {"points": points, "labels": labels, "eps": eps}
+    panels = {
+        "proposition1": partial(draw_layers, network=annulled, norm=norm),
+        "segment": partial(draw_segment, robust=robust, steep=steep, **given),
+        "theorem2": partial(draw_map, output=picture(robust), **given),
+        "proposition2": partial(draw_map, output=picture(steep), **given),
+    }
     titles = {
         "proposition1": "Proposition 1: large norms, Lipschitz constant 0",
         "segment": "Theorem 2 and Proposition 2 along the black segment",
@@ -56,10 +53,11 @@ def draw(
     }
     with matplotlib.rc_context({"svg.hashsalt": "convnorm", "svg.fonttype": "none", "font.size": 9}):
         figures = {"theory": Figure(figsize=(9.2, 8.6), layout="constrained")}
-        for name, axes in zip(titles, figures["theory"].subplots(2, 2).flat, strict=True):
-            panel(name, axes)
+        for name, shared in zip(panels, figures["theory"].subplots(2, 2).flat, strict=True):
             figures[name] = Figure(figsize=(4.8, 4.5), layout="constrained")
-            panel(name, figures[name].subplots())
+            for axes in (shared, figures[name].subplots()):
+                panels[name](axes)
+                axes.set_title(titles[name], fontsize=10, loc="left")
         for name, figure in figures.items():
             figure.savefig(out / f"{name}.png", dpi=150)
             figure.savefig(out / f"{name}.svg", dpi=150, metadata={"Date": None})
