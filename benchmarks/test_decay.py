@@ -23,8 +23,7 @@ from convnorm.backends import BACKENDS, why_not
 from train.models import resnet18, resnet18_cifar
 
 from .contenders import bare_read, serving, theorem1
-from .record import Quantiles, Row
-from .test_norms import ratios
+from .record import Row
 from .timing import Between, block, by_turns, launches, threads
 
 SECONDS, QUICK_SECONDS = 1.0, 0.05
@@ -126,8 +125,8 @@ def test_decay_step(case, benchmark, rows, seconds):
             device=case.device,
             threads=case.threads,
             graph=case.graph,
-            us=Quantiles.of([1e6 * s for s in contending.seconds]),
-            ratio=ratios(contending.seconds, read.seconds),
+            us=contending.us,
+            ratio=contending.ratio_to(read),
             budget=case.budget,
         )
     )
@@ -146,9 +145,9 @@ def test_sgd(count, ord, benchmark, rows, seconds):
     with threads(count):
         blocks = [block([optimizer.step], "cpu") for optimizer in (own, torchs, without)]
         by_turns(benchmark, blocks[0], blocks[1:], seconds)
+    what = f"SGD step with decay, {ord}"
     for name, one, budget in (("convnorm", blocks[0], {"ratio": 1.1}), ("torch, attached", blocks[1], {})):
-        times, against = Quantiles.of([1e6 * s for s in one.seconds]), ratios(one.seconds, blocks[2].seconds)
-        what = f"SGD step with decay, {ord}"
+        times, against = one.us, one.ratio_to(blocks[2])
         rows.append(Row("resnet18", what, name, "cpu", count, False, times, against, budget=budget, against="SGD"))
 
 
@@ -162,8 +161,8 @@ def test_projection(count, ord, benchmark, rows, seconds):
     with threads(count):
         contending, read = block([projection.step], "cpu"), block([bare_read(weights)], "cpu")
         by_turns(benchmark, contending, [read], seconds)
-    times, against = Quantiles.of([1e6 * s for s in contending.seconds]), ratios(contending.seconds, read.seconds)
-    rows.append(Row("resnet18", f"projection, {ord}", "native", "cpu", count, False, times, against))
+    what = f"projection, {ord}"
+    rows.append(Row("resnet18", what, "native", "cpu", count, False, contending.us, contending.ratio_to(read)))
 
 
 @pytest.mark.parametrize("ord", ORDS)
@@ -185,7 +184,7 @@ def test_training_step(ord, benchmark, rows, seconds):
 
     blocks = [block([partial(step, decays)], device) for decays in (True, False)]
     by_turns(benchmark, blocks[0], blocks[1:], 10 * seconds)
-    times, against = Quantiles.of([1e6 * s for s in blocks[0].seconds]), ratios(blocks[0].seconds, blocks[1].seconds)
+    times, against = blocks[0].us, blocks[0].ratio_to(blocks[1])
     count = torch.get_num_threads() if device == "cpu" else None
     what, budget = f"training step with decay, {ord}", {"ratio": 1.01}
     rows.append(

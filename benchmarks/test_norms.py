@@ -16,7 +16,7 @@ from convnorm.backends import BACKENDS, why_not
 
 from .contenders import CONTENDERS, Contender, backward, bare_read, contender, forward, operators, serving
 from .layers import NETWORKS, TABLE1, layers, size, weights_of
-from .record import Quantiles, Row
+from .record import Row
 from .timing import block, by_turns, device_copy, launches, threads
 
 SECONDS, QUICK_SECONDS = 0.7, 0.03  # for each row
@@ -132,9 +132,9 @@ def measure(case: Case, benchmark, seconds: float) -> Row:
         device=case.device,
         threads=case.threads,
         graph=case.graph,
-        us=Quantiles.of([1e6 * s for s in contending.seconds]),
-        ratio=ratios(contending.seconds, read.seconds),
-        copy_ratio=ratios(contending.seconds, copy.seconds) if copy else None,
+        us=contending.us,
+        ratio=contending.ratio_to(read),
+        copy_ratio=contending.ratio_to(copy) if copy else None,
         budget=case.budget,
     )
     benchmark.extra_info.update(asdict(row), calls_per_round=contending.runs * contending.calls_per_run)
@@ -146,10 +146,6 @@ def weight_sets(case: Case) -> int:
     if case.device == "cpu" or case.name in TABLE1:
         return 1
     return 1 + math.ceil(3 * torch.cuda.get_device_properties(0).L2_cache_size / size(case.name))
-
-
-def ratios(times: list[float], others: list[float]) -> Quantiles:
-    return Quantiles.of([time / other for time, other in zip(times, others, strict=True)])
 
 
 def check(case: Case, norms: Contender) -> None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .record import Quantiles
+
 BLOCK = 1e-3  # seconds
 LEAST_ROUNDS = 5
 
@@ -37,6 +39,14 @@ class Block:
 
     def __call__(self) -> None:
         self.seconds.append(self._time() / (self.runs * self.calls_per_run))
+
+    @property
+    def us(self) -> Quantiles:
+        return Quantiles.of([1e6 * s for s in self.seconds])
+
+    def ratio_to(self, other: Block) -> Quantiles:
+        """Round by round."""
+        return Quantiles.of([time / its for time, its in zip(self.seconds, other.seconds, strict=True)])
 
     def _time(self) -> float:
         run, runs = self.run, range(self.runs)
