@@ -9,6 +9,7 @@ stability, robust accuracy and empirical local Lipschitz constant, and for each 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -65,13 +66,16 @@ def value(found: Found, measure: str) -> float:
 
 def best(found: Sequence[Found], width: float) -> float:
     """The β of the largest robust accuracy, on average over seeds."""
-    mine = [one for one in found if one["protocol"]["width"] == width]
-    strengths = sorted({one["cell"]["strength"] for one in mine})
-    return max(strengths, key=lambda strength: _mean([one for one in mine if one["cell"]["strength"] == strength]))
+    robust = {strength: mean for (at, strength), mean in over_seeds(found, "robust").items() if at == width}
+    return max(robust, key=robust.__getitem__)
 
 
-def _mean(found: Sequence[Found]) -> float:
-    return float(np.mean([value(one, "robust") for one in found]))
+def over_seeds(found: Sequence[Found], measure: str) -> dict[tuple[float, float], float]:
+    """The mean, by width and strength."""
+    values = defaultdict(list)
+    for one in found:
+        values[one["protocol"]["width"], one["cell"]["strength"]].append(value(one, measure))
+    return {setting: float(np.mean(values[setting])) for setting in sorted(values)}
 
 
 def render(out: Path) -> Path:
@@ -87,7 +91,8 @@ def _sections(found: Sequence[Found], diverged: Sequence[Row]) -> Iterator[str]:
     first = found[0]
     protocol, made, images = first["protocol"], first["made"], first["right"]["images"]
     half = np.mean([np.diff(one["robust"]["interval"]) for one in found]) * 50
-    chosen = [f"β {best(found, width):g} at width {width:g}" for width in _widths(found)]
+    widths = sorted({one["protocol"]["width"] for one in found})
+    chosen = [f"β {best(found, width):g} at width {width:g}" for width in widths]
     yield "# Width and robustness: ResNet-18 by TRADES"
     yield "\n".join(
         [
@@ -117,21 +122,14 @@ def _sections(found: Sequence[Found], diverged: Sequence[Row]) -> Iterator[str]:
     )
 
 
-def _widths(found: Sequence[Found]) -> list[float]:
-    return sorted({one["protocol"]["width"] for one in found})
-
-
 def draw(found: Sequence[Found], file: Path) -> None:
     with drawing(file, (10, 2.8)) as figure:
         for axes, (measure, name) in zip(figure.subplots(1, len(MEASURES)), MEASURES.items(), strict=True):
+            means = over_seeds(found, measure)
             for strength, colour in zip(STRENGTHS, COLOURS, strict=True):
-                of_width: dict[float, list[float]] = {}
-                for one in found:
-                    if one["cell"]["strength"] == strength:
-                        of_width.setdefault(one["protocol"]["width"], []).append(value(one, measure))
-                widths = sorted(of_width)
-                means = [np.mean(of_width[width]) for width in widths]
-                axes.plot(widths, means, "o-", color=colour, lw=1.6, ms=4, label=f"β = {strength:g}")
+                widths = [width for width, at in means if at == strength]
+                line = [means[width, strength] for width in widths]
+                axes.plot(widths, line, "o-", color=colour, lw=1.6, ms=4, label=f"β = {strength:g}")
             axes.set_xscale("log", base=2)
             axes.set_xlabel("width")
             axes.set_title(name, loc="left", fontsize=10)
