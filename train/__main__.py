@@ -141,7 +141,7 @@ def run_one(options: argparse.Namespace) -> int:
     cell = Cell(options.model, options.method, options.beta, options.seed)
     data, _ = given(options)
     how = chosen(options, experiment, data)
-    out = options.out or Path("runs") / f"{experiment}-{how.preset}"
+    out = folder_of(experiment, options)
     if options.threads:
         torch.set_num_threads(options.threads)
     if not rows.missing(out, [cell], how):
@@ -157,7 +157,7 @@ def run_one(options: argparse.Namespace) -> int:
 
 
 def run_all(options: argparse.Namespace) -> int:
-    out, failed = folder_of(options), 0
+    out, failed = folder_of(options.experiment, options), 0
     if not options.render:
         data, directory = given(options)
         how = chosen(options, options.experiment, data)
@@ -166,12 +166,12 @@ def run_all(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def folder_of(options: argparse.Namespace) -> Path:
-    return options.out or Path("runs") / f"{options.experiment}-{options.preset}"
+def folder_of(experiment: str, options: argparse.Namespace) -> Path:
+    return options.out or Path("runs") / f"{experiment}-{options.preset}"
 
 
 def run_widths(options: argparse.Namespace) -> int:
-    out, failed = folder_of(options), 0
+    out, failed = folder_of(options.experiment, options), 0
     if options.render:
         print(widths.render(out))
         return 0
