@@ -12,7 +12,7 @@ import numpy as np
 from . import cifar, synthetic
 from .cell import PUBLISHED, STANDARD, Cell, Protocol, Setting, settings
 from .published import MODELS
-from .rows import Row, check_same
+from .rows import Row, check_same, from_json
 from .statistics import wilson
 
 
@@ -33,8 +33,7 @@ class Report:
         mine = [row for row in rows if row["protocol"]["experiment"] == experiment]
         if not mine:
             raise ValueError(f"rows hold none of {experiment}: there is nothing to show")
-        protocol = max((row["protocol"] for row in mine), key=lambda protocol: protocol["seeds"])
-        protocol = Protocol(**protocol | {"attacks": tuple(protocol["attacks"])})
+        protocol = from_json(max((row["protocol"] for row in mine), key=lambda protocol: protocol["seeds"]))
         found: dict[Cell, Row] = {}
         for row in mine:
             cell = Cell(**row["cell"])

@@ -85,6 +85,10 @@ def as_json(protocol: Protocol) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(protocol)))
 
 
+def from_json(protocol: dict[str, Any]) -> Protocol:
+    return Protocol(**protocol | {"attacks": tuple(protocol["attacks"])})
+
+
 def counted(right: np.ndarray) -> dict[str, Any]:
     """What a row says of the images that a network names right.
 

@@ -195,7 +195,7 @@ def network(checkpoint: Path, device: torch.device | str = "cpu") -> tuple[nn.Mo
     """In evaluation mode, and what it is."""
     without_tf32()
     state = read(checkpoint, device)
-    protocol = Protocol(**state["protocol"] | {"attacks": tuple(state["protocol"]["attacks"])})
+    protocol = rows.from_json(state["protocol"])
     cell = Cell(**state["cell"])
     model = PAPER[cell.model](state["classes"], protocol.width)
     model.load_state_dict(state["model"])
