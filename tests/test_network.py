@@ -3,6 +3,7 @@ of the model as it is.
 """
 
 import math
+import threading
 
 import pytest
 import torch
@@ -210,6 +211,14 @@ def test_tracing_leaves_weights_that_evaluation_mode_changes():
     assert torch.equal(model[0].weight, before)
     assert (model[0].training, model[0].merged) == (True, False)
     assert found == lipschitz(model.eval(), [2, 3], ord=1).upper
+
+
+def test_what_cannot_be_copied_is_to_be_set_to_evaluation_mode_first():
+    model = nn.Sequential(Merging())
+    model.lock = threading.Lock()
+    with pytest.raises(GeometryError, match="Sequential cannot be copied: call its eval"):
+        lipschitz(model, [2, 3])
+    assert lipschitz(model.eval(), [2, 3]).upper > 0
 
 
 def test_tracing_leaves_no_fake_tensor_in_a_buffer_that_is_made_when_needed():

@@ -68,7 +68,12 @@ def exported(model: nn.Module, *inputs: Tensor | Sequence[int]) -> torch.export.
     model = unwrapped(model)
     own = ((module.training, type(module).train, type(module).eval) for module in model.modules())
     if any(training and found != [nn.Module.train, nn.Module.eval] for training, *found in own):
-        model = as_stored(model)  # they may write weights, as LoRA merges its own
+        try:
+            model = as_stored(model)  # they may write weights, as LoRA merges its own
+        except Exception as error:  # whatever its parts do when they are copied
+            raise GeometryError(
+                f"convnorm: model {type(model).__name__} cannot be copied: call its eval() first: {error}"
+            ) from error
     inputs = tuple(x if isinstance(x, Tensor) else shape_of(x) for x in inputs)
     held = chain(model.parameters(), model.buffers())
     like = next((tensor for tensor in held if tensor.is_floating_point()), torch.empty(0))
