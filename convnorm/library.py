@@ -23,7 +23,7 @@ but for the gradients that have no elements, of layers that got none. ``momentum
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -197,9 +197,11 @@ def norms_of(weights: list[Tensor], plan: str, linf: bool) -> Tensor:
 def _norms(weights: list[Tensor], plan: str, wanted: Sequence[int] = (L1, LINF)) -> tuple[Tensor, ...]:
     """[N] each."""
     *values, winners = read(weights, plan)
-    if transformed() or (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
-        return tuple(_differentiable(values[i], winners[:, i], weights, plan, i == L1) for i in wanted)
-    return tuple([values[i] for i in wanted])
+    values = [values[i] for i in wanted]
+    if not (transformed() or (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights))):
+        return tuple(values)
+    sums = [norm for i in wanted for norm in _slice_norms(weights, plan, winners[:, i], i == L1)]
+    return _differentiable(torch.stack(values), torch.stack(sums)).unbind()
 
 
 def transformed() -> bool:
@@ -207,14 +209,16 @@ def transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _differentiable(values: Tensor, winners: Tensor, weights: list[Tensor], plan: str, of_columns: bool) -> Tensor:
-    """The same values, now functions of the winning slices."""
-    sums = []
+def _slice_norms(weights: list[Tensor], plan: str, winners: Tensor, of_columns: bool) -> Iterator[Tensor]:
     for weight, layer, winner in zip(weights, read_plan(plan), winners, strict=True):
         column = of_columns != layer.transposed
-        sums.append(slice_norm(winning_slice(weight, layer, winner, column), layer, winner, column))
-    again = torch.stack(sums).to(values.dtype)
-    return torch.where(again.isfinite(), values + (again - again.detach()), again)
+        yield slice_norm(winning_slice(weight, layer, winner, column), layer, winner, column)
+
+
+def _differentiable(values: Tensor, sums: Tensor) -> Tensor:
+    """The same values, now functions of the winning slices. Sums that are not finite stay what they are."""
+    again = sums.to(values.dtype).view_as(values)
+    return again + (values - again.detach()).nan_to_num(0, 0, 0)
 
 
 for kernel in (measure_reference, measure_triton, decay_reference, decay_triton, window_counts):

@@ -56,7 +56,7 @@ def slice_norm(part: Tensor, layer: LayerPlan, winner: Tensor, column: bool) -> 
     """
     kernel = merge_taps(part, layer.axes)
     if layer.sees_all(column):
-        return kernel.abs().sum()
+        return torch.linalg.vector_norm(kernel, 1)
     counts = torch.ops.convnorm.window_counts(winner, layer.text, column).to(kernel.dtype)
     return torch.where(counts > 0, kernel.abs() * counts, 0).sum()
 
