@@ -370,6 +370,24 @@ def test_what_is_written_without_gradients_is_seen():
             lipschitz(Counting(write), [2, 3])
 
 
+class Autocasting(Counting):
+    def __init__(self, enabled):
+        super().__init__(None)
+        self.enabled = enabled
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=self.enabled, dtype=torch.bfloat16):
+            self.count.mul_(3)
+        return x * self.count
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_what_is_written_under_autocast_is_seen(enabled):
+    model = Autocasting(enabled)
+    assert [lipschitz(model, [2, 3], ord=1).upper for _ in range(2)] == [3, 3]
+    assert torch.equal(model.count, torch.ones(3))
+
+
 class Observing(nn.Module):
     """Writes down what it sees, and does not read it."""
 

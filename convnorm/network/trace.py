@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, dropwhile
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ from .steps import Input, Joint, Step
 
 CREATING = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")  # by their input's shape alone
 LIKE = ("type_as", "to", "expand_as")  # likewise, where what is made so is a constant
-PART = torch.ops.higher_order.wrap_with_set_grad_enabled  # calls another graph
+NO_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled  # calls another graph,
+AUTOCAST = torch.ops.higher_order.wrap_with_autocast  # and so does this
 
 Region = tuple[str, str]  # what a constant is given for: a module's name and one call of it, or a node's and ""
 
@@ -96,19 +97,25 @@ def exported(model: nn.Module, *inputs: Tensor | Sequence[int]) -> torch.export.
 
 
 def inlined(module: fx.GraphModule) -> fx.Graph:
-    """The graph with what it does without gradients in the place of its call, which conceals what that writes."""
-    if not any(node.target is PART for node in module.graph.nodes):
+    """The graph with what it does without gradients, or without autocast, in the place of its call, which conceals what
+    that writes.
+    """
+    if not any(map(_is_part, module.graph.nodes)):
         return module.graph
     graph = fx.Graph()
     graph.output(_copied(module, graph, {}))
     return graph
 
 
+def _is_part(node: fx.Node) -> bool:
+    return node.target is NO_GRAD or (node.target is AUTOCAST and not node.args[2])  # whether autocast is enabled
+
+
 def _copied(module: fx.GraphModule, graph: fx.Graph, copies: dict[fx.Node, Any]) -> Any:
     """A module's nodes at the end of a graph, those of the parts that it calls in place; returns its outputs there."""
     for node in module.graph.nodes:
-        if node.target is PART:
-            _, part, *given = node.args
+        if _is_part(node):
+            part, *given = dropwhile(lambda option: not isinstance(option, fx.Node), node.args)
             part = getattr(module, part.target)
             copies.update(zip(part.graph.find_nodes(op="placeholder"), [copies[x] for x in given], strict=True))
             copies[node] = _copied(part, graph, copies)
@@ -308,7 +315,7 @@ class Walk:
             given = _arguments(target, args, kwargs)
             if given.get("train", given.get("training", True)):
                 raise GeometryError("convnorm: draws random numbers")
-        if _written(node):
+        if _written(node) or target is AUTOCAST:
             args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
         return self.stored(node, target(*args, **kwargs))
 
