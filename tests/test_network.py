@@ -388,6 +388,20 @@ def test_what_is_written_under_autocast_is_seen(enabled):
     assert torch.equal(model.count, torch.ones(3))
 
 
+class Excepted(nn.Linear):
+    """Kept out of autocast, as numerically delicate parts are."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return 2 * super().forward(x)
+
+
+def test_parts_that_are_kept_out_of_autocast_are_bounded():
+    model = Excepted(3, 3)
+    expected = 2 * torch.linalg.matrix_norm(model.weight.detach().double(), ord=1)
+    assert lipschitz(model, [2, 3], ord=1).upper == pytest.approx(expected.item(), rel=1e-6)
+
+
 class Observing(nn.Module):
     """Writes down what it sees, and does not read it."""
 
