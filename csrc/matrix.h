@@ -60,7 +60,7 @@ inline Matrix as_matrix(const Tensor& weight, const LayerPlan& plan) {
     for (int64_t tap = 1; tap < sizes[i + 2]; ++tap)
       for (size_t t = 0; t < faster; ++t) matrix.tap_offsets.push_back(matrix.tap_offsets[t] + tap * strides[i + 2]);
   }
-  std::sort(steps.begin(), steps.begin() + axes + 1);
+  std::sort(steps.begin(), steps.end());  // those of no axis have size 0
   int64_t reach = 1;
   matrix.dense_rows = true;
   for (const auto& [stride, size] : steps)

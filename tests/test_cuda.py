@@ -51,7 +51,7 @@ def test_compiles_for_every_target_without_a_warning(tmp_path):
         run([NVCC, *COMMON, *flags, *codes, "-c", source, "-o", tmp_path / "object.o"])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # a process cannot load it twice, and may leave this module and come back
 def emulated(tmp_path_factory):
     """``emulated(weights, plan, cut=...)``, as the operators measure_native and measure_reference."""
     if shutil.which(CXX) is None:
