@@ -14,17 +14,14 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, is_grad_enabled, nn
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
-from torch._C._functorch import peek_interpreter_stack
+from torch import Tensor, is_grad_enabled
 from torch._ops import OpOverloadPacket
-from torch.autograd import forward_ad
 
 from . import backends, library
+from .gradients import PLAIN, followed
 from .uncompiled import run_as_it_is
 
 MOST_KNOWN = 4096
-PLAIN = (Tensor, nn.Parameter)  # and no subclass
 
 _norms = torch.ops.convnorm.norms_native.default._op
 _measure = torch.ops.convnorm.measure_native.default._op
@@ -37,7 +34,7 @@ class OfLayer(OpOverloadPacket):
     @run_as_it_is
     def __call__(self, /, *arguments: Any, **options: Any) -> Any:
         weight = arguments[0] if arguments else None
-        if not _is_plain(weight) or _something_follows():
+        if not _is_plain(weight) or followed():
             return super().__call__(*arguments, **options)
         key = _kind(weight), _typed(arguments[1:], options), backends.chosen()
         plan = _plans.get(key)
@@ -55,7 +52,7 @@ class OfNetwork(OpOverloadPacket):
     @run_as_it_is
     def __call__(self, /, *arguments: Any, **options: Any) -> Any:
         weights = arguments[0] if arguments else None
-        if type(weights) is not list or not all(map(_is_plain, weights)) or _something_follows():
+        if type(weights) is not list or not all(map(_is_plain, weights)) or followed():
             return super().__call__(*arguments, **options)
         key = tuple(map(_kind, weights)), _typed(arguments[1:], options), backends.chosen()
         plan = _plans.get(key)
@@ -73,16 +70,6 @@ torch.ops.convnorm.norms_many.__class__ = OfNetwork
 
 def _is_plain(weight: Any) -> bool:
     return type(weight) in PLAIN and not (weight.requires_grad and is_grad_enabled())
-
-
-def _something_follows() -> bool:
-    return bool(
-        forward_ad._current_level >= 0
-        or peek_interpreter_stack()
-        or _len_torch_dispatch_stack()
-        or _len_torch_function_stack()
-        or _get_tracing_state()
-    )
 
 
 def _kind(weight: Tensor) -> Hashable:

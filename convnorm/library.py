@@ -23,24 +23,24 @@ but for the gradients that have no elements, of layers that got none. ``momentum
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.library import Library, register_fake, register_vmap
 
 from .backends import BACKENDS, backend_for, load_native
 from .geometry import GeometryError, geometry
+from .gradients import Attained, differentiable, transformed
 from .kernels.triton_decay import decay_triton
 from .kernels.triton_measure import measure_triton
 from .momentum import Momentum, decay_reference
 from .plan import layer_plan, read_plan
 from .reference import measure_reference, result_dtype
 from .uncompiled import run_as_it_is
-from .winners import slice_norm, window_counts, winning_slice
+from .winners import window_counts
 
 LAYER = (
     "int[1] stride, int[1] padding, SymInt[] in_shape, *, int[1]? dilation=None, int groups=1, "
@@ -200,25 +200,12 @@ def _norms(weights: list[Tensor], plan: str, wanted: Sequence[int] = (L1, LINF))
     values = [values[i] for i in wanted]
     if not (transformed() or (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights))):
         return tuple(values)
-    sums = [norm for i in wanted for norm in _slice_norms(weights, plan, winners[:, i], i == L1)]
-    return _differentiable(torch.stack(values), torch.stack(sums)).unbind()
-
-
-def transformed() -> bool:
-    """Inside ``torch.func`` or forward differentiation, where a tensor does not say whether it takes part."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _slice_norms(weights: list[Tensor], plan: str, winners: Tensor, of_columns: bool) -> Iterator[Tensor]:
-    for weight, layer, winner in zip(weights, read_plan(plan), winners, strict=True):
-        column = of_columns != layer.transposed
-        yield slice_norm(winning_slice(weight, layer, winner, column), layer, winner, column)
-
-
-def _differentiable(values: Tensor, sums: Tensor) -> Tensor:
-    """The same values, now functions of the winning slices. Sums that are not finite stay what they are."""
-    again = sums.to(values.dtype).view_as(values)
-    return again + (values - again.detach()).nan_to_num(0, 0, 0)
+    places = [
+        Attained(number, layer, winner, (i == L1) != layer.transposed)
+        for i in wanted
+        for number, (layer, winner) in enumerate(zip(read_plan(plan), winners[:, i].unbind(), strict=True))
+    ]
+    return differentiable(values, weights, places)
 
 
 for kernel in (measure_reference, measure_triton, decay_reference, decay_triton, window_counts):

@@ -17,7 +17,7 @@ from torch.optim.sgd import sgd
 from .backends import backend_for
 from .batch import Batch
 from .decay import NormDecay, maximized_by, scale_of
-from .direct import PLAIN
+from .gradients import PLAIN
 
 WIDE = (torch.float32, torch.float64)
 OPTIONS = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize", "foreach", "fused")

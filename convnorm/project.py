@@ -14,6 +14,7 @@ from torch.library import Library, register_fake
 from . import library
 from .ball import Ball, Face, ball_of, below, nearest, on_face, settle, tables_of
 from .geometry import GeometryError
+from .gradients import transformed
 from .layers import Layer, as_layer
 from .plan import read_plan
 from .spectral.rescale import clip, rescale
@@ -141,7 +142,7 @@ def project_weight(weight: Tensor, bounds: Tensor, constraint: Constraint) -> Te
         weight, bounds, constraint.plan, constraint.column
     )
     seen = torch.is_grad_enabled() and (weight.requires_grad or bounds.requires_grad)
-    if not seen and not library.transformed():
+    if not seen and not transformed():
         return projected
     with torch.autocast(weight.device.type, enabled=False):  # in which matrix products would be of half precision
         linear = _linear(weight, bounds, Face(signs, active), counts, merged, constraint)

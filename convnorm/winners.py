@@ -47,6 +47,16 @@ def winning_slice(weight: Tensor, layer: LayerPlan, winner: Tensor, column: bool
     return as_matrix(weight, layer)[slice_index(weight, layer, winner[:1], column)]
 
 
+def add_to_slice(weight: Tensor, layer: LayerPlan, winner: Tensor, column: bool, change: Tensor) -> None:
+    """Add to what ``winning_slice`` takes."""
+    if layer.groups == 1:
+        dim = 1 if column else 0
+        weight.index_add_(dim, winner[:1], change.unsqueeze(dim))
+    else:
+        matrix = as_matrix(weight, layer)
+        matrix.index_put_(slice_index(weight, layer, winner[:1], column), change, accumulate=True)
+
+
 def slice_norm(part: Tensor, layer: LayerPlan, winner: Tensor, column: bool) -> Tensor:
     """The norm once more, differentiable: from its winning slice ``part[rows (or columns), *taps]`` alone.
 

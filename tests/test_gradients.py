@@ -140,6 +140,17 @@ def test_values_do_not_depend_on_whether_a_gradient_is_asked_for(device, seed, n
         assert all(map(torch.equal, plain, with_grad)), replay(seed, number, case)
 
 
+def test_transforms_of_torch_func_give_the_same_gradients(device, seed, numbers):
+    for number in numbers[::20]:
+        case, weight = cases.fuzz(seed, number, device)
+        norms, pull = torch.func.vjp(lambda w, c=case: torch.stack(ops.norms(w, *c.args, **c.options)), weight)
+        expected = torch.stack(ops.norms(weight.requires_grad_(), *case.args, **case.options))
+        for given in torch.eye(2, dtype=norms.dtype, device=device):
+            gradient = torch.autograd.grad(expected, weight, given, retain_graph=True)[0]
+            assert torch.equal(pull(given)[0], gradient), replay(seed, number, case)
+        assert torch.equal(norms, expected), replay(seed, number, case)
+
+
 def test_gradient_at_zero_is_zero(device):
     for case in TABLE.values():
         for g in gradients(torch.zeros(case.weight_shape, device=device), case)[1]:
@@ -152,6 +163,26 @@ def test_gradient_does_not_see_what_no_output_reads(device):
     norms, grads = gradients(weight, case)
     assert [norm.item() for norm in norms] == [2, 2]
     assert [g.flatten().tolist() for g in grads] == [[0, 1, 0]] * 2
+
+
+def test_a_gradient_may_be_derived_again(device):
+    """The norms are linear in pieces: second derivatives are zero."""
+    case, weight = sample("conv2d", device=device)
+    norms = torch.stack(ops.norms(weight.requires_grad_(), *case.args, **case.options))
+    scale = torch.ones(2, dtype=norms.dtype, device=device, requires_grad=True)
+    (gradient,) = torch.autograd.grad(norms, weight, scale, create_graph=True)
+    of_weight, of_scale = torch.autograd.grad((gradient * weight.detach()).sum(), [weight, scale])
+    assert of_weight.eq(0).all()
+    torch.testing.assert_close(of_scale, norms.detach())
+
+
+def test_only_weights_that_ask_get_a_gradient(device):
+    case, weight = sample("conv2d", device=device)
+    frozen, free = weight.clone(), weight.clone().requires_grad_()
+    args, options = cases.columns([case] * 2)
+    ops.norms_many([frozen, free], *args, **options)[0].sum().backward()
+    assert frozen.grad is None
+    assert torch.equal(free.grad, gradients(weight, case)[1][0])
 
 
 def test_gradient_of_an_infinite_norm_is_that_of_its_slice(device):

@@ -22,8 +22,8 @@ from torch.library import Library, register_fake
 
 from ..ball import toward_zero
 from ..geometry import GeometryError
+from ..gradients import transformed
 from ..layers import Layer
-from ..library import transformed
 from ..uncompiled import run_as_it_is
 from .bounds import sqrt_l1_linf
 from .circle import circle_of, power_of_two, with_read_taps
