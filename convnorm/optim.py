@@ -7,7 +7,7 @@ a few slices to the gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,63 +61,56 @@ class SGD(torch.optim.SGD):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = {
-            weight: group for group in self.param_groups for weight in group["params"] if self._fits(weight, group)
-        }
-        batch = self._read_once(groups)
+        fitting = [
+            (weight, group)
+            for group in self.param_groups
+            if not group["differentiable"]
+            for weight in group["params"]
+            if _fits(weight)
+        ]
+        batch = self._read_once({id(weight) for weight, _ in fitting})
         known = [] if batch is None or self._measured != (batch, _versions_of(batch)) else [batch]
         self.norm_decay.step(scale_of(self), known, maximized_by(self))
         self._measured = None
         if batch is None:
-            groups = {}
+            fitting = []
         else:
-            self._step_and_measure(batch, groups)
-        self._step_others(groups)
+            self._step_and_measure(batch, fitting)
+        if len(fitting) < sum(len(group["params"]) for group in self.param_groups):
+            self._step_others({id(weight) for weight, _ in fitting})
         return loss
 
-    def _fits(self, weight: Tensor, group: Mapping[str, Any]) -> bool:
-        """Whether the extension can step this weight."""
-        grad = weight.grad
-        return (
-            type(grad) is Tensor
-            and type(weight) in PLAIN
-            and grad.layout is torch.strided
-            and grad.is_cpu
-            and grad.dtype == weight.dtype in WIDE
-            and weight.is_contiguous()
-            and grad.is_contiguous()
-            and not group["differentiable"]
-        )
-
-    def _read_once(self, fitting: Collection[Tensor]) -> Batch | None:
+    def _read_once(self, fitting: Collection[int]) -> Batch | None:
         """The layers that are stepped and measured in one read, if they all can be."""
         if getattr(self, "found_inf", None) is not None:
             return None
         whole = [
             batch
             for batch in self.norm_decay.batches()
-            if type(batch) is Batch and all(weight in fitting for weight in batch.weights)
+            if type(batch) is Batch and all(id(weight) in fitting for weight in batch.weights)
         ]
         alone = len(whole) == 1  # there are more where layers share a weight
         return whole[0] if alone and backend_for(torch.device("cpu")) == "native" else None
 
-    def _step_and_measure(self, batch: Batch, groups: Mapping[Tensor, Mapping[str, Any]]) -> None:
-        """All weights of ``groups``, those of the layers first."""
-        weights = list(dict.fromkeys([*batch.weights, *groups]))
+    def _step_and_measure(self, batch: Batch, fitting: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> None:
+        """All these weights, those of the layers first."""
+        places = {id(weight): i for i, (weight, _) in enumerate(fitting)}
+        layers = [places.pop(id(weight)) for weight in batch.weights]
         rates_of, flags_of = {}, {}
         for group in self.param_groups:
             rates_of[id(group)] = [float(group[name]) for name in ("lr", "momentum", "dampening", "weight_decay")]
             flags_of[id(group)] = group["nesterov"] + 2 * group["maximize"]
-        buffers, rates, flags, no_buffer = [], [], [], torch.empty(0)
-        for weight in weights:
-            group = groups[weight]
+        weights, buffers, rates, flags, no_buffer = [], [], [], [], torch.empty(0)
+        for weight, group in [fitting[i] for i in (*layers, *places.values())]:
             buffer, first = no_buffer, False
             if group["momentum"] != 0:
-                buffer = self.state[weight].get("momentum_buffer")
+                state = self.state[weight]
+                buffer = state.get("momentum_buffer")
                 first = buffer is None
                 if first or not (buffer.is_contiguous() and buffer.dtype == weight.dtype):  # as the weight has been
                     new = torch.empty_like(weight)
-                    buffer = self.state[weight]["momentum_buffer"] = new if first else new.copy_(buffer)
+                    buffer = state["momentum_buffer"] = new if first else new.copy_(buffer)
+            weights.append(weight)
             buffers.append(buffer)
             rates += rates_of[id(group)]
             flags.append(flags_of[id(group)] + 4 * first)
@@ -128,10 +121,10 @@ class SGD(torch.optim.SGD):
         torch.autograd.graph.increment_version([*weights, *buffers])
         self._measured = batch, _versions_of(batch)
 
-    def _step_others(self, done: Collection[Tensor]) -> None:
+    def _step_others(self, done: Collection[int]) -> None:
         for group in self.param_groups:
             params, grads, buffers = [], [], []
-            others = group | {"params": [weight for weight in group["params"] if weight not in done]}
+            others = group | {"params": [weight for weight in group["params"] if id(weight) not in done]}
             sparse = self._init_group(others, params, grads, buffers)
             options = {name: group[name] for name in OPTIONS}
             options |= {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
@@ -139,6 +132,20 @@ class SGD(torch.optim.SGD):
             if group["momentum"] != 0:
                 for weight, buffer in zip(params, buffers, strict=True):
                     self.state[weight]["momentum_buffer"] = buffer
+
+
+def _fits(weight: Tensor) -> bool:
+    """Whether the extension can step this weight."""
+    grad = weight.grad
+    return (
+        type(grad) is Tensor
+        and type(weight) in PLAIN
+        and grad.layout is torch.strided
+        and grad.is_cpu
+        and grad.dtype == weight.dtype in WIDE
+        and weight.is_contiguous()
+        and grad.is_contiguous()
+    )
 
 
 def _versions_of(batch: Batch) -> list[int]:
