@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import cases
@@ -333,6 +334,19 @@ def test_streams_and_devices_are_those_of_pytorch():
     if torch.cuda.device_count() > 1:
         assert torch.ops.convnorm.measure_native([weight.to("cuda:1")], case.plan)[0].item() == 9 * 512
         assert torch.cuda.current_device() == 0
+
+
+@needs_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_nothing_comes_to_be_on_other_gpus():
+    """To make a GPU current makes a context on it: also to make one current again that was by default."""
+    lines = [
+        "import convnorm, torch",
+        "weight = torch.ones(4, 3, 3, 3, device='cuda:1')",
+        "assert torch.ops.convnorm.measure_native([weight], '1 0 2 3 0 0 0 3 0 0 0')[0].item() == 36",
+        "assert not torch._C._cuda_hasPrimaryContext(0)",
+    ]
+    run([sys.executable, "-c", "\n".join(lines)])
 
 
 def random_network(rng, layers, elements=1 << 12):

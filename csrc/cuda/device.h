@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
 
 #include "../matrix.h"
 
@@ -12,24 +13,9 @@ inline void check(cudaError_t code, const char* what) {
   STD_TORCH_CHECK(code == cudaSuccess, "convnorm: ", what, " failed: ", cudaGetErrorString(code));
 }
 
-// Makes a device current, and afterwards again the one that was.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    changes_ = before_ != device;
-    if (changes_) check(cudaSetDevice(device), "cudaSetDevice");
-  }
-  ~DeviceGuard() {
-    if (changes_) (void)cudaSetDevice(before_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int before_ = 0;
-  bool changes_ = false;
-};
+// Makes a device current, and afterwards again the one that was. PyTorch's: to set a device that has none yet makes a
+// context on it, of hundreds of megabytes, and the device that was may be such a one.
+using torch::stable::accelerator::DeviceGuard;
 
 inline int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
