@@ -160,10 +160,11 @@ class NormDecay:
                 )
             devices.setdefault(weight.device, []).append(i)
         rates, terms = self._rates(self._beta), []
-        for device, members in devices.items():
+        for members in devices.values():
             plan = "".join(plan_of(self.uses[i]).text for i in members)
             norms = library.norms_of([weights[i] for i in members], plan, self.ord == math.inf)
-            terms.append((torch.tensor([rates[i] for i in members], dtype=norms.dtype, device=device) * norms).sum())
+            # each rate goes with its kernel: a tensor of them would be waited for, and no CUDA graph could capture it
+            terms.append(sum(rates[i] * norm for i, norm in zip(members, norms.unbind(), strict=True)))
         return sum(term.to(terms[0].device) for term in terms)
 
     @property

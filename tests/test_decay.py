@@ -10,6 +10,7 @@ import oracle
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import convnorm
 from convnorm.backends import why_not
@@ -133,6 +134,31 @@ def test_penalty_is_the_sum_of_the_norms_and_its_gradient_that_of_a_step():
     weights = [use.module.weight for use in decay.uses]
     for weight, gradient in zip(weights, torch.autograd.grad(penalty, weights), strict=True):
         torch.testing.assert_close(weight.grad, gradient)
+
+
+class NothingWaits(TorchDispatchMode):
+    """Refuses what would make the host wait for a GPU, and what no graph could capture: numbers in a tensor of the host
+    that another operator takes.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._on_host = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        assert not any(given is made for given in args for made in self._on_host), operator
+        result = operator(*args, **(kwargs or {}))
+        if operator is torch.ops.aten.lift_fresh.default:
+            self._on_host.append(result)
+        return result
+
+
+def test_a_penalty_waits_for_nothing():
+    model = network()
+    decay = convnorm.NormDecay(model, SHAPE, beta={"linear": 0.5, "*": 1.0})
+    decay.penalty()  # brings tables to a device
+    with NothingWaits():
+        decay.penalty().backward()
 
 
 @pytest.mark.parametrize("example", [[1, 4], None])
