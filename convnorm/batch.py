@@ -78,7 +78,7 @@ class Batch:
         signs = torch.ones_like(self.rates)
         for i, weight in enumerate(self.weights):
             if weight in maximized:
-                signs[i] = -1
+                signs[i].fill_(-1)  # to assign a number is to copy a tensor of the host, and to wait
         return signs * scale
 
     def _refuse(self, grads: Sequence[Tensor]) -> None:

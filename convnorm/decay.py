@@ -330,7 +330,8 @@ class NormDecay:
         rates = self._rates(beta)
         self._beta = dict(beta) if isinstance(beta, Mapping) else beta  # what is refused changes nothing
         for batch in self._batches:
-            batch.rates.copy_(torch.tensor([rates[i] for i in batch.members], dtype=torch.float64))
+            new = torch.tensor([rates[i] for i in batch.members], dtype=torch.float64, device="cpu")
+            batch.rates.copy_(new, non_blocking=True)  # pageable memory is read before this returns
 
     def batches(self) -> list[Batch]:
         """The batches, of the weights that the layers have now."""
