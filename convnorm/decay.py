@@ -111,7 +111,8 @@ class NormDecay:
             self._set_beta(self._schedule(self._steps))
             self._steps += 1
         for batch in batches:
-            batch.step(batch.signed(scale, maximized) if maximized else scale, batch in measured)
+            own = scale.to(batch.rates.device) if isinstance(scale, Tensor) else scale
+            batch.step(batch.signed(own, maximized) if maximized else own, batch in measured)
         self._has_norms = True
         if not torch.compiler.is_compiling() and not all(batch.is_finite() for batch in batches if batch.norms.is_cpu):
             self.check()

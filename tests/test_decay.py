@@ -225,6 +225,17 @@ def test_beta_by_pattern_is_that_of_the_steps_and_changed_as_a_whole():
     assert decay.penalty().item() == pytest.approx(sum(convnorm.norms(use.layer).l1.item() for use in decay.uses) / 2)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs two devices")
+def test_a_scale_reaches_layers_on_other_devices():
+    """As GradScaler leaves it to a fused optimizer: on one of the devices of the model."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).cuda())
+    decay = convnorm.NormDecay(model, {"0": (), "1": ()}, beta=0.5, momentum=0)
+    for layer in model:
+        layer.weight.grad = torch.zeros_like(layer.weight)
+    decay.step(torch.tensor(2.0, device="cuda"))
+    assert [layer.weight.grad.abs().max().item() for layer in model] == [0.5, 0.5]
+
+
 @pytest.mark.parametrize("refused", [math.nan, {"nobody": 1.0}, lambda step: math.inf])
 def test_a_beta_that_is_refused_changes_nothing(refused):
     decay = convnorm.NormDecay(two(), [1, 4], beta=0.5)
