@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -451,6 +452,19 @@ def test_what_is_no_checkpoint_is_named_in_one_line(checkpoint, what):
         loop.network(checkpoint)
 
 
+def test_a_full_disk_is_named_and_leaves_the_checkpoint_before(data, checkpoint):
+    training, before = loop.Training(CELLS["plain"], PROTOCOL, data, CPU), checkpoint.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # bytes of a file, as if no more fitted
+        with pytest.raises(OSError, match="File too large"):
+            training.save(checkpoint)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert checkpoint.read_bytes() == before
+    assert len(list(checkpoint.parent.iterdir())) == 1
+
+
 def test_a_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none.pt' is not there"):
         loop.network(tmp_path / "none.pt")
@@ -530,35 +544,26 @@ def dying(function, call):
     return counted
 
 
-def written_by_half(state, file):
-    save(state, file)
-    os.truncate(file, file.stat().st_size // 2)
-    if len(state["history"]) == 2:
-        die()
-
-
-def text_by_half(name):
-    def write_text(self, text):
+def by_half(write, name):
+    def written(self, content):
         if name in self.name:
-            write(self, text[: len(text) // 2])
+            write(self, content[: len(content) // 2])
             die()
-        return write(self, text)
+        return write(self, content)
 
-    write = Path.write_text
-    return write_text
+    return written
 
 
-save = torch.save
 MOMENTS = {
     "in the first epoch": lambda patch: patch(loop, "learning_rate", dying(loop.learning_rate, 2)),
     "a checkpoint written, not in place": lambda patch: patch(os, "fsync", dying(os.fsync, 1)),
     "in the second epoch": lambda patch: patch(loop, "learning_rate", dying(loop.learning_rate, 4 + 3)),
-    "a checkpoint written by half": lambda patch: patch(torch, "save", written_by_half),
-    "before the last checkpoint": lambda patch: patch(torch, "save", dying(save, 2)),
+    "a checkpoint written by half": lambda patch: patch(Path, "write_bytes", by_half(Path.write_bytes, ".pt.")),
+    "before the last checkpoint": lambda patch: patch(torch, "save", dying(torch.save, 2)),
     "before the attacks": lambda patch: patch(train, "autoattack", dying(train.autoattack, 1)),
-    "the attacks' state written by half": lambda patch: patch(Path, "write_text", text_by_half(".attack0.")),
+    "the attacks' state by half": lambda patch: patch(Path, "write_text", by_half(Path.write_text, ".attack0.")),
     "between the attacks": lambda patch: patch(attacks, "_attack", dying(attacks._attack, 2)),
-    "the row written by half": lambda patch: patch(Path, "write_text", text_by_half(".json.")),
+    "the row written by half": lambda patch: patch(Path, "write_text", by_half(Path.write_text, ".json.")),
 }
 
 

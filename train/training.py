@@ -6,6 +6,7 @@ checkpoint bit for bit as if it had not been. Under ``torchrun`` every process t
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -152,8 +153,10 @@ class Training:
             "regulariser": self.regulariser.state_dict(),
             "history": self.history,
         }
+        whole = io.BytesIO()
+        torch.save(state, whole)
         with rows.replacing(file) as new:
-            torch.save(state, new)
+            new.write_bytes(whole.getbuffer())  # where the disk is full this says so, and torch.save does not
 
     def load(self, file: Path) -> None:
         state = read(file, self.device)
