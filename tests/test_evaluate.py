@@ -80,7 +80,7 @@ def test_evaluate_gives_what_its_parts_give(checkpoint, data, tmp_path, attacks)
     assert found["all"]["right"] == 40
     assert np.array_equal(robust, right & stable)
     assert 0 < robust.sum() < right.sum()
-    model, _, _ = loop.network(checkpoint)
+    model, _, _ = loop.network(loop.read(checkpoint))
     x, y = inputs(data.test.pixels[:20]), data.test.labels[:20]
     if attacks != ("pgd",):  # what a row says of the same network
         expected = autoattack(model, x, y, eps=0.001, attacks=attacks, iterations=5, batch=500, seed=0)
@@ -194,6 +194,19 @@ def test_the_page_says_how_far_a_killed_training_came(training, data, tmp_path):
     assert ", 2 of 120 epochs of " in (tmp_path / "evaluation.md").read_text(encoding="utf-8")
 
 
+def test_what_is_evaluated_stays_while_the_training_goes_on(training, data, tmp_path):
+    running = deepcopy(training)
+    running.history = [{"epoch": 1}]
+    running.save(file := tmp_path / "running.pt")
+
+    def goes_on(stage):
+        running.history.append({"epoch": len(running.history) + 1})
+        running.save(file)
+
+    options = {"eps": 0.1, "images": 2, "attacks": ("pgd",), "out": tmp_path, "device": CPU}
+    assert evaluate.evaluate(file, data, **options, tell=goes_on)["epochs"] == 1
+
+
 def test_numbers_are_there_only_with_their_page(checkpoint, data, tmp_path, monkeypatch):
     """``widths`` takes an evaluation whose numbers are there for done."""
 
@@ -208,7 +221,7 @@ def test_numbers_are_there_only_with_their_page(checkpoint, data, tmp_path, monk
 
 def test_evaluation_and_training_are_without_tf32(training, checkpoint, data, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    loop.network(checkpoint)
+    loop.network(loop.read(checkpoint))
     assert not torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = True
     loop.Training(training.cell, PROTOCOL, data, CPU)  # what benchmarks.epoch times

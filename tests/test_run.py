@@ -172,7 +172,7 @@ def test_the_row_is_what_the_checkpoint_measures(data, uninterrupted):
     cell = CELLS["l1-decay"]
     row, out = uninterrupted(cell)
     assert json.loads(json.dumps(row)) == read_row(out, cell)
-    network, its_cell, its_protocol = loop.network(out / "checkpoints" / f"{cell.name}.pt")
+    network, its_cell, its_protocol = loop.network(loop.read(out / "checkpoints" / f"{cell.name}.pt"))
     assert (its_cell, its_protocol) == (cell, PROTOCOL)
     assert not network.training
     with torch.no_grad():
@@ -206,7 +206,7 @@ def test_the_row_is_what_the_checkpoint_measures(data, uninterrupted):
 
 def test_a_row_has_the_norms_of_layers_with_batch_norm(uninterrupted):
     row, out = uninterrupted(CELLS["l1-decay"])
-    network, _, _ = loop.network(out / "checkpoints" / f"{CELLS['l1-decay'].name}.pt")
+    network, _, _ = loop.network(loop.read(out / "checkpoints" / f"{CELLS['l1-decay'].name}.pt"))
     modules, uses = list(network.modules()), observe(network, [1, 3, 32, 32])
     followed = 0
     for i, use in enumerate(uses):
@@ -449,7 +449,7 @@ def test_what_is_no_checkpoint_is_named_in_one_line(checkpoint, what):
         parts = {"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"hello\n", "flipped": flipped}
         checkpoint.write_bytes(parts[what])
     with pytest.raises(ValueError, match=r"seed0.pt' is damaged, or not one of python -m train run$"):
-        loop.network(checkpoint)
+        loop.read(checkpoint)
 
 
 def test_a_full_disk_is_named_and_leaves_the_checkpoint_before(data, checkpoint):
@@ -467,7 +467,7 @@ def test_a_full_disk_is_named_and_leaves_the_checkpoint_before(data, checkpoint)
 
 def test_a_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none.pt' is not there"):
-        loop.network(tmp_path / "none.pt")
+        loop.read(tmp_path / "none.pt")
 
 
 # Rows
@@ -683,7 +683,7 @@ def test_two_processes_write_one_row_of_all_images(two_ranks, data, method):
     row = read_row(out, cell)
     assert all(without_times(json.loads(each["rows"][method])) == without_times(row) for each in both)
     assert row["made"]["processes"] == 2
-    network, _, _ = loop.network(out / "checkpoints" / f"{cell.name}.pt")
+    network, _, _ = loop.network(loop.read(out / "checkpoints" / f"{cell.name}.pt"))
     x, labels = inputs(data.test.pixels), data.test.labels
     with torch.no_grad():
         assert rows.flags(row["clean"]).tolist() == (network(x).argmax(1) == labels).tolist()

@@ -62,7 +62,7 @@ def radius(text: str) -> float:
 
 def main(options: argparse.Namespace) -> int:
     check_usable(options.device)
-    _, _, protocol = network(options.checkpoint)
+    protocol = rows.from_json(read(options.checkpoint)["protocol"])
     out = options.out or options.checkpoint.with_suffix(".evaluation")
     named = options.attacks is not None
     if options.attacks == "pgd" and options.iterations is not None:
@@ -105,7 +105,8 @@ def evaluate(
     ``("pgd",)``. A killed evaluation goes on within the attacks.
     """
     begin = time.perf_counter()
-    model, cell, protocol = network(checkpoint, device)
+    saved = read(checkpoint)  # once: a training that still runs soon puts another one in its place
+    model, cell, protocol = network(saved, device)
     test = data.test.to(device)
     first = test.first(images)
     x, y = inputs(first.pixels), first.labels
@@ -144,7 +145,7 @@ def evaluate(
     found: dict[str, Any] = {
         "cell": asdict(cell),
         "protocol": rows.as_json(protocol),
-        "epochs": len(read(checkpoint)["history"]),  # fewer than the protocol's of one that was killed or diverged
+        "epochs": len(saved["history"]),  # fewer than the protocol's of one that runs, was killed or diverged
         "eps": eps,
         "attacks": list(attacks),
         "iterations": STEPS if tuple(attacks) == ATTACKS["pgd"] else iterations,

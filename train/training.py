@@ -194,10 +194,9 @@ def read(checkpoint: Path, device: torch.device | str = "cpu") -> dict[str, Any]
     return state
 
 
-def network(checkpoint: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, Cell, Protocol]:
-    """In evaluation mode, and what it is."""
+def network(state: dict[str, Any], device: torch.device | str = "cpu") -> tuple[nn.Module, Cell, Protocol]:
+    """Of what ``read`` found: in evaluation mode, and what it is."""
     without_tf32()
-    state = read(checkpoint, device)
     protocol = rows.from_json(state["protocol"])
     cell = Cell(**state["cell"])
     model = PAPER[cell.model](state["classes"], protocol.width)
