@@ -116,6 +116,16 @@ def test_what_is_watched_is_written_and_the_row_is_the_same(main, plain, tmp_pat
     assert [line.partition(",")[0] for line in lines] == [str(step) for step in range(2 * 4)]
 
 
+def test_a_finished_cell_cannot_be_watched_any_more(main, plain, tmp_path):
+    put_row(plain, tmp_path)
+    file = tmp_path / "norms.csv"
+    status, _, errors = main(*RUN, "plain", "--watch", file)
+    assert (status, file.exists()) == (2, False)
+    assert last_line(errors).endswith("seed0.json' is there: its training can be watched with another --out only")
+    file.touch()  # what was watched stays: the same command again is no error
+    assert main(*RUN, "plain", "--watch", file)[0] == 0
+
+
 def test_tensorboard_is_watched_too(main, tmp_path):
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     status, _, _ = main(*RUN, "plain", "--watch", tmp_path / "events")

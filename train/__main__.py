@@ -145,8 +145,11 @@ def run_one(options: argparse.Namespace) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     if not rows.missing(out, [cell], how):
+        there = f"row {str(rows.path(out, cell))!r} is there"
+        if options.watch and not options.watch.exists():
+            raise ValueError(f"{there}: its training can be watched with another --out only")
         if os.environ.get("RANK", "0") == "0":
-            print(f"row {str(rows.path(out, cell))!r} is there")
+            print(there)
         return 0
     with ranks.joined(options.device) as device:
         board = Board(1, quiet=ranks.rank() > 0)
