@@ -30,6 +30,7 @@ RESULTS = (":(top,exclude)benchmarks/results", ":(top,exclude)train/results")
 def commit() -> str | None:
     """Of the project, if this is a checkout of it; it ends in -dirty where files, but for results, differ from it."""
     try:
+        _git("ls-files", "--error-unmatch", Path(__file__).name)  # else the repository that it lies in is another one
         name = _git("describe", "--always", "--exclude=*")
         return name + "-dirty" * bool(_git("diff", "--name-only", "HEAD", "--", ":/", *RESULTS))
     except (OSError, subprocess.CalledProcessError):
