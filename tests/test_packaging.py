@@ -6,6 +6,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import copytree, ignore_patterns
+from zipfile import ZipFile
 
 import pytest
 
@@ -43,6 +44,14 @@ def test_an_sdist_has_all_sources(checkout, no_ext):
     setup(checkout, "egg_info", CONVNORM_NO_EXT=no_ext)
     packed = set((checkout / "convnorm.egg-info" / "SOURCES.txt").read_text().splitlines())
     assert {str(path.relative_to(checkout)) for path in checkout.glob("csrc/**/*.*")} <= packed
+
+
+def test_type_checkers_find_an_editable_install(checkout):
+    """They read paths, and run no code that an import might."""
+    setup(checkout, "editable_wheel", "--dist-dir", "made", CONVNORM_NO_EXT="1")
+    with ZipFile(next(checkout.glob("made/*.whl"))) as wheel:
+        paths = [wheel.read(name).decode().strip() for name in wheel.namelist() if name.endswith(".pth")]
+    assert [Path(path).resolve() for path in paths] == [checkout.resolve()]
 
 
 def test_a_source_tree_that_hides_the_installed_package_says_so(checkout):
