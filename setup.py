@@ -12,6 +12,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 CSRC = Path("csrc")
 CUDA_TARGETS = (75, 80, 86, 89, 90, 100)  # machine code for each, and PTX of the last for what comes after
@@ -59,6 +60,15 @@ class BuildNative(build_ext):
         subprocess.run([*linker, "-shared", *map(str, objects), *libraries, "-o", str(target)], check=True)
 
 
+class BuildPure(build_py):
+    """Without the library: not even the one that an earlier editable install has left in the tree."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            Path("convnorm/_native.abi3.so").unlink(missing_ok=True)
+
+
 def find_nvcc() -> Path | None:
     """The CUDA compiler, or None: then the library serves the CPU only."""
     wanted = os.environ.get("CONVNORM_CUDA")
@@ -76,6 +86,6 @@ native = Extension("convnorm._native", sorted(map(str, (CSRC / "cpu").glob("*.cp
 no_ext = os.environ.get("CONVNORM_NO_EXT") == "1"
 setup(
     ext_modules=[] if no_ext else [native],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_py": BuildPure} if no_ext else {"build_ext": BuildNative},
     options={} if no_ext else {"bdist_wheel": {"py_limited_api": "cp310"}},
 )

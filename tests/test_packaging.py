@@ -33,10 +33,14 @@ def setup(tree, *arguments, **environment):
     assert run.returncode == 0, run.stderr
 
 
-def test_without_the_extension_none_is_packed_either(checkout):
+def test_without_the_extension_none_is_packed_nor_left(checkout):
     setup(checkout, "build", "--build-lib", "built", CONVNORM_NO_EXT="1")
     assert not list(checkout.glob("built/**/*.so"))
     assert (checkout / "built" / "convnorm" / "py.typed").exists()
+    library = checkout / "convnorm" / "_native.abi3.so"
+    assert library.exists()
+    setup(checkout, "editable_wheel", "--dist-dir", "made", CONVNORM_NO_EXT="1")
+    assert not library.exists()
 
 
 @pytest.mark.parametrize("no_ext", ["0", "1"])
