@@ -5,6 +5,7 @@ CONVNORM_CUDA=1 demands it. CONVNORM_CXX_FLAGS adds flags for compiler and linke
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -28,11 +29,11 @@ class BuildNative(build_ext):
         import torch
 
         root = Path(torch.__file__).parent
-        nvcc = find_nvcc()
+        compiler, nvcc = find_compiler(), find_nvcc()
         extra = os.environ.get("CONVNORM_CXX_FLAGS", "").split()
         common = ["-isystem", str(root / "include"), f"-I{CSRC}", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
         common += ["-std=c++17", "-O3"]
-        host = [os.environ.get("CXX", "c++"), *common, *extra]
+        host = [*compiler, *common, *extra]
         host += ["-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
         newest = CUDA_TARGETS[-1]
         device = [str(nvcc), *common, "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden"]
@@ -46,8 +47,7 @@ class BuildNative(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         objects = [build / f"{source.parent.name}_{source.stem}.o" for _, source in sources]
         commands = [
-            [*compiler, "-c", str(source), "-o", str(made)]
-            for (compiler, source), made in zip(sources, objects, strict=True)
+            [*call, "-c", str(source), "-o", str(made)] for (call, source), made in zip(sources, objects, strict=True)
         ]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             failed = any(list(pool.map(subprocess.call, commands)))
@@ -55,7 +55,7 @@ class BuildNative(build_ext):
             raise RuntimeError("the extension does not compile; CONVNORM_NO_EXT=1 installs without it")
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        linker = [str(nvcc), "-cudart=static"] if nvcc else [host[0], *extra]  # nvcc knows where its libraries are
+        linker = [str(nvcc), "-cudart=static"] if nvcc else [*compiler, *extra]  # nvcc knows where its libraries are
         libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
         subprocess.run([*linker, "-shared", *map(str, objects), *libraries, "-o", str(target)], check=True)
 
@@ -67,6 +67,14 @@ class BuildPure(build_py):
         super().run()
         if self.editable_mode:
             Path("convnorm/_native.abi3.so").unlink(missing_ok=True)
+
+
+def find_compiler() -> list[str]:
+    """CXX, which may have a launcher before the compiler, or options after it."""
+    found = shlex.split(os.environ.get("CXX") or "c++")
+    if shutil.which(found[0]) is None:
+        raise RuntimeError(f"no C++ compiler {found[0]!r} is found: set CXX; CONVNORM_NO_EXT=1 installs without it")
+    return found
 
 
 def find_nvcc() -> Path | None:

@@ -24,11 +24,11 @@ def load_native() -> None:
     global _native_failure
     library = Path(__file__).with_name("_native.abi3.so")
     if not library.exists():
-        _native_failure = "the extension was not built (no C++ compiler at install time, or CONVNORM_NO_EXT=1)"
+        _native_failure = "the extension was not built (CONVNORM_NO_EXT=1 at install time)"
         if library.parents[1].joinpath("setup.py").exists():
             _native_failure = (
-                f"the extension was not built in the source tree {str(library.parents[1])!r}, which hides an "
-                "installed convnorm: pip install --no-build-isolation -e . builds it there"
+                f"the extension was not built in the source tree {str(library.parents[1])!r}, where convnorm is "
+                "imported from: pip install --no-build-isolation -e . builds it there"
             )
         return
     try:

@@ -1,6 +1,7 @@
 """The promise: what is installed is what was asked for, from a checkout or an sdist, and its command line works."""
 
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -27,10 +28,11 @@ def checkout(tmp_path):
     return tree
 
 
-def setup(tree, *arguments, **environment):
+def setup(tree, *arguments, fails=False, **environment):
     line = [sys.executable, "setup.py", "-q", *arguments]
     run = subprocess.run(line, cwd=tree, env=os.environ | environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
+    assert (run.returncode != 0) == fails, run.stderr
+    return run.stderr
 
 
 def test_without_the_extension_none_is_packed_nor_left(checkout):
@@ -41,6 +43,19 @@ def test_without_the_extension_none_is_packed_nor_left(checkout):
     assert library.exists()
     setup(checkout, "editable_wheel", "--dist-dir", "made", CONVNORM_NO_EXT="1")
     assert not library.exists()
+
+
+def test_a_compiler_that_is_not_there_is_named(checkout):
+    error = setup(checkout, "build", fails=True, CXX="nonesuch -pipe", CONVNORM_CUDA="0")
+    assert "no C++ compiler 'nonesuch' is found" in error
+    assert "CONVNORM_NO_EXT=1" in error
+
+
+@pytest.mark.skipif(shutil.which("env") is None, reason="needs env")
+def test_a_compiler_may_have_a_launcher(checkout):
+    """As in CXX="ccache g++"; env calls what does not compile."""
+    error = setup(checkout, "build", fails=True, CXX="env false", CONVNORM_CUDA="0")
+    assert "the extension does not compile" in error
 
 
 @pytest.mark.parametrize("no_ext", ["0", "1"])
