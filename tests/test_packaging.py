@@ -62,7 +62,8 @@ def test_a_compiler_may_have_a_launcher(checkout):
 def test_an_sdist_has_all_sources(checkout, no_ext):
     setup(checkout, "egg_info", CONVNORM_NO_EXT=no_ext)
     packed = set((checkout / "convnorm.egg-info" / "SOURCES.txt").read_text().splitlines())
-    assert {str(path.relative_to(checkout)) for path in checkout.glob("csrc/**/*.*")} <= packed
+    for folder in ("csrc", "tests"):
+        assert {str(path.relative_to(checkout)) for path in checkout.glob(f"{folder}/**/*.*")} <= packed
 
 
 def test_type_checkers_find_an_editable_install(checkout):
