@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -54,21 +55,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
     failed = [report.nodeid for kind in ("failed", "error") for report in terminalreporter.stats.get(kind, [])]
     command = shlex.join(["pytest", *map(str, config.invocation_params.args)])
     ended = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and not config.option.quick
+    writes: list[Callable[[], Path]] = []  # called when all is printed: they may fail
     if rows := config.stash.get(ROWS, []):
         terminalreporter.section("norms, norm decay and projections against a bare read of the weights")
         terminalreporter.write_line(table(rows))
         selected = terminalreporter.stats.get("deselected") or config.getoption("lf", False)
         stopped = 0 < (config.option.maxfail or 0) <= len(failed)  # -x
         if ended and not (selected or stopped) and config.args_source is pytest.Config.ArgsSource.TESTPATHS:
-            said(terminalreporter, write(rows, failed, command))
+            writes.append(partial(write, rows, failed, command))
     if cells := config.stash.get(CELLS, []):
         paper, beyond = (table1.Table.of_layers(names, cells) for names in (TABLE1, BEYOND))
         terminalreporter.section("Table 1")
         terminalreporter.write_line(table1.text(paper, beyond, machine()))
         if ended and paper.complete and beyond.complete:
-            said(terminalreporter, table1.write(paper, beyond, machine(), failed, command))
-
-
-def said(terminalreporter: pytest.TerminalReporter, markdown: Path) -> None:
-    root = terminalreporter.config.rootpath
-    terminalreporter.write_line(f"Written to {markdown.relative_to(root)} and beside it")
+            writes.append(partial(table1.write, paper, beyond, machine(), failed, command))
+    for written in writes:
+        terminalreporter.write_line(f"Written to {written().relative_to(config.rootpath)} and beside it")

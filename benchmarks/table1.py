@@ -179,7 +179,7 @@ def write(paper: Table, beyond: Table, where: str, failed: Sequence[str], comman
 
 def panels(paper: Table) -> dict[str, tuple[dict, dict]]:
     """The l2 norm, and the other quantities: what was measured, and the paper's."""
-    seconds = {m: [cell.seconds.median if cell and cell.seconds else None for cell in paper.of(m)] for m in GIVES}
+    seconds = {m: [c.seconds.median if c and c.seconds else None for c in cells] for m, cells in paper.measured()}
     titles = {"l2": "l2 norm", "l1": "l1 and linf norms, which are other quantities"}
     return {
         title: (

@@ -37,25 +37,52 @@ def test_a_kernel_of_table1():
 
 ROWS = """
 import pytest
-from .record import Row
+from .layers import BEYOND, TABLE1
+from .record import Quantiles, Row
+from .table1 import SGL, Cell
 
 @pytest.mark.parametrize("number", range(3))
-def test_some(number, rows):
+def test_some(number, rows, cells):
     rows.append(Row(str(number), "forward", "native", "cpu", 1, False))
+    cells.extend(Cell(name, SGL, Quantiles.of([1.0]), calls=100) for name in [*TABLE1, *BEYOND])
     assert number != 1
 """
 
 
-@pytest.mark.parametrize("option", ["-q", "-x", "--lf"])
-def test_only_a_whole_run_is_written(option, tmp_path):
+@pytest.fixture
+def benchmark_rows(tmp_path):
+    """``benchmark_rows(*options)`` runs these three as ``pytest --benchmark``."""
     shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks", ignore=shutil.ignore_patterns("test_*", "results"))
     (tmp_path / "benchmarks" / "test_rows.py").write_text(ROWS)
     for name in ("conftest.py", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     command = [sys.executable, "-m", "pytest", "--benchmark", "-o", "testpaths=benchmarks"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return lambda *options: subprocess.run(
+        [*command, *options], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("option", ["-q", "-x", "--lf"])
+def test_only_a_whole_run_is_written(option, benchmark_rows, tmp_path):
     if option == "--lf":
-        subprocess.run([*command, "-k", "1"], cwd=tmp_path, env=environment, capture_output=True)
-    done = subprocess.run([*command, option], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        benchmark_rows("-k", "1")
+    done = benchmark_rows(option)
     assert "1 failed" in done.stdout, done.stdout + done.stderr
-    assert (tmp_path / "benchmarks" / "results").exists() == (option == "-q")
+    written = {path.suffix for path in tmp_path.glob("benchmarks/results/*") if not path.stem.endswith("table1")}
+    assert written == ({".json", ".md"} if option == "-q" else set())
+
+
+def test_what_cannot_be_written_is_printed(benchmark_rows, tmp_path):
+    (tmp_path / "benchmarks" / "results").touch()  # no folder
+    done = benchmark_rows()
+    assert "| 2    | forward" in done.stdout
+    assert "| l2: SGL " in done.stdout
+    assert "FileExistsError" in done.stderr
+
+
+def test_methods_that_failed_throughout_are_left_out_of_the_plot(benchmark_rows, tmp_path):
+    assert "1 failed" in benchmark_rows().stdout
+    (plot,) = tmp_path.glob("benchmarks/results/*-table1.svg")
+    assert "l2: SGL" in plot.read_text()
+    assert "l2: VS as published" not in plot.read_text()
