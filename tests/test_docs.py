@@ -126,6 +126,14 @@ def test_export_is_documented(name):
     assert documented()[f"convnorm.{name}"] in (f"convnorm.{name}", f"{one.__module__}.{one.__qualname__}")
 
 
+def test_operators_are_shown_with_the_arguments_that_they_have():
+    shown = re.findall(r"^    (\w+)\((.*?), \*", PAGES["api/operators.md"], re.MULTILINE)
+    assert len(shown) == 4
+    for name, arguments in shown:
+        schema = getattr(torch.ops.convnorm, name).default._schema
+        assert arguments.split(", ") == [argument.name for argument in schema.arguments if not argument.kwarg_only]
+
+
 @pytest.mark.parametrize("page", sorted(set(PAGES) - {SOURCES}))
 def test_external_links_stand_on_one_page(page):
     assert "://" not in PAGES[page]
