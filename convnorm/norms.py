@@ -23,6 +23,9 @@ class Norms:
     least the l2 norm of every layer, and computed when asked for.
     """
 
+    l1: Tensor
+    linf: Tensor
+
     def __init__(self, layer: Layer) -> None:
         self._layer = layer
         self.l1, self.linf = torch.ops.convnorm.norms(layer.weight, *layer.sizes, **layer.options)

@@ -4,6 +4,7 @@ import copy
 import math
 import re
 from dataclasses import replace
+from typing import get_type_hints
 
 import cases
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 from cases import TABLE, replay
 from test_layers import MODULES, build, linear_part
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 import convnorm
@@ -334,6 +335,11 @@ def test_measuring_changes_nothing(device, mode):
     assert module.weight.requires_grad
     assert module.weight.grad is None
     assert torch.equal(module.weight, before)
+
+
+def test_type_checkers_know_what_the_norms_are():
+    """They see no type in what an operator returns."""
+    assert get_type_hints(Norms) == {"l1": Tensor, "linf": Tensor}
 
 
 def test_repr_shows_every_number(device):
