@@ -1,8 +1,8 @@
 """The paper's Table 1: its two rivals, what else gives an l2 norm, and the l1 and linf norms, on its six kernels; then
 on layers that it leaves out.
 
-``pytest --benchmark -k table1`` measures, prints and writes all of it, in ten minutes on two cores; ``--quick`` prints
-what takes a minute. On a GPU where there is one, else on the CPU with all its threads.
+``pytest --benchmark -k table1`` measures, prints and writes all of it, in some five minutes on two cores; ``--quick``
+prints what takes a minute. On a GPU where there is one, else on the CPU with all its threads.
 """
 
 from __future__ import annotations
