@@ -117,15 +117,15 @@ def show(table: object) -> None:
 def _check(options: argparse.Namespace) -> None:
     """Before anything is measured for a file that could not be written."""
     optional("rich")
-    model = getattr(options, "model", "")
-    if options.input and model.endswith(".pt2"):
+    models = [options.model] if "model" in options else options.models
+    if options.input and all(model.endswith(".pt2") for model in models):
         raise ValueError(f"convnorm: --input {options.input}: an exported program brings its own sizes")
-    if model.endswith(".json"):
+    if all(model.endswith(".json") for model in models):
         names = ("input", "no_l2", "no_batch_norm", "bounds")
-        given = [name for name in names if getattr(options, name)] + ["rtol"] * (options.rtol != RTOL)
+        given = [name for name in names if getattr(options, name, False)] + ["rtol"] * (options.rtol != RTOL)
         if given:
             what = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise ValueError(f"convnorm: {what}: a report such as {model!r} is shown as it was measured")
+            raise ValueError(f"convnorm: {what}: a report such as {models[0]!r} is shown as it was measured")
     if options.plot:
         optional("matplotlib")
     for path in filter(None, (options.json, options.csv, options.html, options.plot)):

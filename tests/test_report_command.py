@@ -250,6 +250,14 @@ def test_the_command_refuses_in_one_line(networks, what, capsys):
     assert printed.out == ""
 
 
+@pytest.mark.parametrize("given", [("report.json", "--no-l2"), ("report.json", *INPUT), ("program.pt2", *INPUT)])
+def test_options_that_would_change_nothing_are_refused_of_several_models_too(networks, given, capsys):
+    pytest.importorskip("rich")
+    assert command.main(["compare", given[0], *given]) == 2
+    assert given[1] in capsys.readouterr().err
+    assert command.main(["compare", "networks:network", *given[:1], *INPUT, "--no-l2"]) == 0  # one of them needs both
+
+
 @pytest.mark.parametrize("name", ["weights.pt", "epoch=3.ckpt"])
 def test_a_checkpoint_without_its_model_is_told_from_a_module(networks, name, capsys):
     pytest.importorskip("rich")
