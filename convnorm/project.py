@@ -153,7 +153,8 @@ def _linear(
     weight: Tensor, bounds: Tensor, face: Face, counts: Tensor, merged: Tensor, constraint: Constraint
 ) -> Tensor:
     """The same values, now linear functions of weight and bound."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
+    # which windows say the same is seen in float64 only
+    wide = torch.promote_types(weight.dtype, torch.float32 if constraint.disjoint else torch.float64)
     matrix = matrix_of(weight.to(wide), constraint.groups, constraint.column)
     x0, bounds = _channels(matrix), bounds.to(wide)
     if constraint.merges:  # this case takes large tables

@@ -290,6 +290,20 @@ def test_gradients_are_those_of_the_projection(seed, ord, merging):
         torch.testing.assert_close(twice, once, msg=again)  # on a face, an orthogonal projection
 
 
+@pytest.mark.parametrize("ord", ORDS)
+def test_gradients_of_float32_are_those_of_float64(seed, ord):
+    for number in range(120):
+        case, weight, bound, _ = random_layer(seed, number, ord, torch.float32, values="normal")
+        if weight.numel() > 300:
+            continue
+        towards = torch.from_numpy(np.random.default_rng((seed, number, 24)).standard_normal(weight.shape))
+        near, far = (
+            torch.autograd.grad((project_case(leaf, case, ord, bound) * towards).sum(), leaf)[0].double()
+            for leaf in (weight.requires_grad_(), weight.detach().double().requires_grad_())
+        )
+        torch.testing.assert_close(near, far, rtol=1e-5, atol=1e-5, msg=cases.replay(seed, number, case))
+
+
 def test_transforms_see_the_derivative():
     torch.manual_seed(0)
     weights, tangent = torch.randn(3, 4, 3, 3, dtype=torch.float64), torch.randn(4, 3, 3, dtype=torch.float64)
