@@ -493,3 +493,21 @@ def test_transforms_see_the_first_derivative_of_rescaling():
         return torch.func.functional_call(conv, parameters, (torch.ones(1, 3, 6, 6),)).square().sum()
 
     assert torch.func.grad(loss)(parameters)["parametrizations.weight.original"].isfinite().all()
+
+
+def test_second_derivatives_of_rescaling_are_refused():
+    """Also where other parameters have them: a Hessian times a vector went without those of the rescaled weight."""
+    torch.manual_seed(0)
+    model = nn.Sequential(constrain(nn.Linear(4, 4), ord=2, bound=0.3), nn.Tanh(), nn.Linear(4, 1))
+    x = torch.randn(3, 4, requires_grad=True)
+    (penalty,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    penalty.square().sum().backward()  # first derivatives of the weight
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(model(x).square().sum(), parameters, create_graph=True)
+    with pytest.raises(GeometryError, match="no second"):
+        torch.autograd.grad(gradients, parameters, gradients)
+
+
+def test_a_bound_of_inf_leaves_the_gradient_of_rescaling_as_it_is():
+    grad = torch.func.grad(lambda weight: project(weight, ord=2, bound=math.inf).sum())(torch.randn(3, 4))
+    assert torch.equal(grad, torch.ones(3, 4))

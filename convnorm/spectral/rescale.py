@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.library import Library, register_fake
 
 from ..ball import toward_zero
@@ -31,6 +30,7 @@ from .clip import NEAR, nearest
 from .explicit import explicit_uppers, groups_of, matrix_sizes
 from .lanczos import lanczos
 from .on_circle import circle_upper
+from .outward import once
 from .rayleigh import rayleigh
 
 RTOL = 1e-2  # how far above the norm an upper bound is looked for
@@ -136,29 +136,21 @@ def project_norm(
 
 
 def rescale(layer: Layer, bound: Tensor) -> Tensor:
-    """``layer.weight`` rescaled, differentiable once, in it and in ``bound``."""
+    """``layer.weight`` rescaled, differentiable once, in it and in ``bound``: d upper = gradient . d weight."""
     weight = layer.weight
-    outputs = torch.ops.convnorm.rescale(weight.detach(), bound.detach(), *layer.sizes, **layer.options)
-    if torch.compiler.is_compiling() or not transformed():
-        return _Rescaled.apply(weight, bound, *outputs)
-    if max(_derivatives(weight), _derivatives(bound)) > 1:
-        raise GeometryError("convnorm: ord 2 has first derivatives, and no second ones")
-    rescaled, upper, gradient = outputs  # operations of PyTorch, which every transform knows
-    exact = weight.double()
+    rescaled, upper, gradient = torch.ops.convnorm.rescale(
+        weight.detach(), bound.detach(), *layer.sizes, **layer.options
+    )
+    seen = torch.is_grad_enabled() and (weight.requires_grad or bound.requires_grad)
+    if not seen and not transformed():
+        return rescaled
+    if not torch.compiler.is_compiling():  # which has no second derivatives anyway
+        weight, bound = once(weight), once(bound)
+    exact, over = weight.double(), upper > bound
     moved = (gradient * exact).sum()
-    over = upper > bound
-    share = torch.where(over, bound / (torch.where(over, upper, 1) + (moved - moved.detach())), 1)
+    share = torch.where(over, bound.where(over, 1) / (upper.where(over, 1) + (moved - moved.detach())), 1)
     linear = exact * share
     return rescaled + (linear - linear.detach()).to(weight.dtype)
-
-
-def _derivatives(x: Tensor) -> int:
-    """How many of the derivatives that are being taken are with respect to ``x``, or to what it was made of."""
-    functorch, count = torch._C._functorch, 0
-    while functorch.is_functorch_wrapped_tensor(x):
-        count += functorch.is_gradtrackingtensor(x)
-        x = functorch.get_unwrapped(x)
-    return count + x.requires_grad
 
 
 def clip(layer: Layer, bound: Tensor) -> Tensor:
@@ -176,24 +168,6 @@ class _Clipped(torch.autograd.Function):
         raise GeometryError("convnorm: method 'clip' has no derivative: 'rescale' does")
 
 
-class _Rescaled(torch.autograd.Function):
-    """y = w bound / upper, d upper = gradient . dw; y = w where upper is at most the bound."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, bound: Tensor, rescaled: Tensor, upper: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, bound, upper, gradient)
-        return rescaled.view_as(rescaled)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, bound, upper, gradient = ctx.saved_tensors
-        over = upper > bound
-        along = torch.where(over, (grad.double() * weight.double()).sum() / upper, 0)
-        share = torch.where(over, bound / upper, 1)
-        return (share * (grad.double() - along * gradient)).to(weight.dtype), along.to(bound.dtype), None, None, None
-
-
 @contextmanager
 def _autograd() -> Iterator[None]:
     """Within an operator, which a compiled model calls with autograd left behind."""
@@ -208,7 +182,7 @@ def _autograd() -> Iterator[None]:
 
 @run_as_it_is
 def _rescale(weight: Tensor, bound: Tensor, *sizes: Sequence[int], **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``_Rescaled`` takes; the gradient is that of ``upper``, and zero where the weight is within the bound."""
+    """What ``rescale`` takes; the gradient is that of ``upper``, and zero where the weight is within the bound."""
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     with _autograd():
         layer, limit = Layer(weight.detach().clone(), *map(tuple, sizes), **options), bound.item()
