@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .gradients import static
 from .interior_point import InteriorPoint
 from .plan import LayerPlan, Lists, read_plan
 
@@ -231,7 +232,9 @@ def _solve(gram: Tensor, right: Tensor) -> Tensor:
 
 def _null_space(held: Tensor, merged: Tensor) -> Tensor:
     """[..., taps, taps]: the projection onto ``P x = 0`` in the merged taps that are held. There are few such sets."""
-    sets, which = torch.unique(held.flatten(0, 1), dim=0, return_inverse=True)
+    sets, which = held.flatten(0, 1), slice(None)
+    if not static():
+        sets, which = torch.unique(sets, dim=0, return_inverse=True)
     normals = sets[:, :, None] * merged
     project = (
         torch.eye(normals.shape[2], dtype=normals.dtype, device=held.device) - torch.linalg.pinv(normals) @ normals

@@ -331,9 +331,8 @@ def constrain(
     ``module.weight`` becomes the projection of a parameter of the same shape, which is what is trained. The bound is
     that at inputs of the spatial sizes ``in_shape``. A weight that is assigned is projected when it is read. Being of
     ``torch.nn.utils.parametrize``, it is left by ``remove_parametrizations(module, "weight")``, with the projected
-    weight; ``state_dict`` holds the parameter, and no bound. ``torch.compile`` takes it in one graph, except where
-    padding merges taps and ``ord`` is not 2. With ``ord=2`` the weight is rescaled, at the price of a proof each time
-    that it is read.
+    weight; ``state_dict`` holds the parameter, and no bound. ``torch.compile`` takes it in one graph. With ``ord=2``
+    the weight is rescaled, at the price of a proof each time that it is read.
 
     >>> import math
     >>> conv = constrain(nn.Conv2d(3, 8, 3, padding=1), in_shape=[8, 8], ord=math.inf, bound=1.0)

@@ -37,6 +37,11 @@ def transformed() -> bool:
     return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
 
 
+def static() -> bool:
+    """Where shapes must not depend on values: compilers have none, ``vmap`` has several."""
+    return torch.compiler.is_compiling() or transformed()
+
+
 def followed() -> bool:
     """Whether more than autograd may follow what happens to plain tensors."""
     return bool(transformed() or _len_torch_dispatch_stack() or _len_torch_function_stack() or _get_tracing_state())

@@ -14,7 +14,7 @@ from torch.library import Library, register_fake
 from . import library
 from .ball import Ball, Face, ball_of, below, nearest, on_face, settle, tables_of
 from .geometry import GeometryError
-from .gradients import transformed
+from .gradients import static, transformed
 from .layers import Layer, as_layer
 from .plan import read_plan
 from .spectral.rescale import clip, rescale
@@ -157,12 +157,13 @@ def _linear(
     wide = torch.promote_types(weight.dtype, torch.float32 if constraint.disjoint else torch.float64)
     matrix = matrix_of(weight.to(wide), constraint.groups, constraint.column)
     x0, bounds = _channels(matrix), bounds.to(wide)
-    if constraint.merges:  # this case takes large tables
+    if constraint.merges and not static():  # this case takes large tables
         some = face.active.any(1).nonzero().squeeze(1)
         part = on_face(x0[some], bounds[some], Face(face.signs[some], face.active[some]), counts, merged)
         linear = x0.index_copy(0, some, part)
     else:
-        linear = on_face(x0, bounds, face, counts, disjoint=constraint.disjoint)
+        merged = merged if constraint.merges else None
+        linear = on_face(x0, bounds, face, counts, merged, disjoint=constraint.disjoint)
     linear = linear.view(matrix.shape)
     return (linear.transpose(1, 2) if constraint.column else linear).reshape(weight.shape)
 

@@ -204,8 +204,11 @@ def test_another_precision_does_not_change_the_bound():
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
     ("mode", "in_shape", "ord"),
-    [("zeros", [8], 1), ("zeros", [8], inf), ("zeros", [2], 1), *((mode, [8], 2) for mode in cases.MODES)],
-)
+    [
+        ("zeros", [8], 1), ("zeros", [8], inf), ("zeros", [2], 1), ("reflect", [8], 1), ("replicate", [2], inf),
+        *((mode, [8], 2) for mode in cases.MODES),
+    ],
+)  # fmt: skip
 def test_a_constrained_layer_compiles(mode, in_shape, ord, training):
     torch._dynamo.reset()
     conv = constrain(nn.Conv1d(3, 4, 3, padding=1, padding_mode=mode), in_shape, ord=ord, bound=0.3)
@@ -221,6 +224,7 @@ def test_a_constrained_layer_compiles(mode, in_shape, ord, training):
             results.append(conv.parametrizations.weight.original.grad.clone())
         results.append(value.detach())
     torch.testing.assert_close(results[: len(results) // 2], results[len(results) // 2 :])
+    torch.testing.assert_close(torch.export.export(conv, (x,)).module()(x), conv(x))
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)

@@ -304,12 +304,13 @@ def test_gradients_of_float32_are_those_of_float64(seed, ord):
         torch.testing.assert_close(near, far, rtol=1e-5, atol=1e-5, msg=cases.replay(seed, number, case))
 
 
-def test_transforms_see_the_derivative():
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+def test_transforms_see_the_derivative(mode):
     torch.manual_seed(0)
     weights, tangent = torch.randn(3, 4, 3, 3, dtype=torch.float64), torch.randn(4, 3, 3, dtype=torch.float64)
 
     def call(weight):
-        return project(weight, [8], ord=1, bound=1.0, padding=1).pow(3).sum()
+        return project(weight, [8], ord=1, bound=1.0, padding=1, padding_mode=mode).pow(3).sum()
 
     grads = torch.stack([torch.autograd.functional.jacobian(call, weight) for weight in weights])
     assert grads.any()
