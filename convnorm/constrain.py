@@ -375,7 +375,8 @@ def project_batch_norms_(model: nn.Module, *, bound: float | Tensor) -> nn.Modul
         weight = module._parameters.get("weight")
         if weight is None:
             raise GeometryError(f"convnorm: weight of batch norm {name!r} is computed from others: nothing to write to")
-        bounds = bounds_of(bound, module.num_features, weight.device)
+        with naming(name):
+            bounds = bounds_of(bound, module.num_features, weight.device)
         limit = below(bounds * (module.running_var.double() + module.eps).sqrt(), 4)
         if not (weight.isfinite() & module.running_var.isfinite() & ~limit.isnan()).all():  # a bound may be inf
             raise GeometryError(f"convnorm: weight or running_var of batch norm {name!r} holds NaN or inf")

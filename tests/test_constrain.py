@@ -314,7 +314,9 @@ ERRORS = {
     "shared_of_two_bounds": (lambda: project_(Reused(), [1, 4, 9], bound={"first": 1, "second": 2}), "1 and 2 differ"),
     "batch_norm_none": (lambda: project_batch_norms_(nn.ReLU(), bound=1.0), "ReLU has no batch norm"),
     "batch_norm_bound": (lambda: project_batch_norms_(nn.BatchNorm1d(2), bound=-1.0), "bound -1.0"),
-    "batch_norm_shape": (lambda: project_batch_norms_(nn.BatchNorm1d(2), bound=torch.ones(3)), r"bound of shape \[3\]"),
+    "batch_norm_shape": (
+        lambda: project_batch_norms_(nn.Sequential(nn.BatchNorm1d(2)), bound=torch.ones(3)), r"'0': bound of .* \[3\]",
+    ),
     "batch_norm_plain": (
         lambda: project_batch_norms_(nn.Sequential(nn.BatchNorm1d(2, affine=False)), bound=1.0), "'0' has no weight",
     ),
