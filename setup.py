@@ -35,10 +35,7 @@ class BuildNative(build_ext):
         common += ["-std=c++17", "-O3"]
         host = [*compiler, *common, *extra]
         host += ["-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
-        newest = CUDA_TARGETS[-1]
-        device = [str(nvcc), *common, "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-        device += [f"-gencode=arch=compute_{target},code=sm_{target}" for target in CUDA_TARGETS]
-        device += [f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+        device = [str(nvcc), *common, "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden", *codes_for(nvcc)]
 
         sources = [(host, source) for source in map(Path, ext.sources)]
         if nvcc:
@@ -52,7 +49,8 @@ class BuildNative(build_ext):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             failed = any(list(pool.map(subprocess.call, commands)))
         if failed:
-            raise RuntimeError("the extension does not compile; CONVNORM_NO_EXT=1 installs without it")
+            without = "CONVNORM_CUDA=0 installs without CUDA, " if nvcc else ""
+            raise RuntimeError(f"the extension does not compile; {without}CONVNORM_NO_EXT=1 installs without it")
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         linker = [str(nvcc), "-cudart=static"] if nvcc else [*compiler, *extra]  # nvcc knows where its libraries are
@@ -88,6 +86,16 @@ def find_nvcc() -> Path | None:
     if found is None and wanted == "1":
         raise RuntimeError("CONVNORM_CUDA=1, but no nvcc is found: set CUDA_HOME")
     return Path(found).resolve() if found else None
+
+
+def codes_for(nvcc: Path | None) -> list[str]:
+    """Options for machine code of those targets that this compiler knows, and PTX of the last."""
+    if nvcc is None:
+        return []
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    targets = [target for target in CUDA_TARGETS if f"compute_{target}" in known]
+    pairs = [(target, f"sm_{target}") for target in targets] + [(targets[-1], f"compute_{targets[-1]}")]
+    return [f"-gencode=arch=compute_{target},code={code}" for target, code in pairs]
 
 
 native = Extension("convnorm._native", sorted(map(str, (CSRC / "cpu").glob("*.cpp"))), py_limited_api=True)
