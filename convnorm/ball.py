@@ -53,10 +53,6 @@ class Ball:
     def merge(self, x: Tensor) -> Tensor:
         return x if self.merged is None else x @ self.merged.T
 
-    def spread(self, z: Tensor) -> Tensor:
-        """The transpose of ``merge``."""
-        return z if self.merged is None else z @ self.merged
-
     def sums(self, x: Tensor) -> Tensor:
         """[channels, windows] of ``x[channels, others, taps]``, in float64: a channel's norm is the largest."""
         x = x if self.merged is None else self.merge(x.double())

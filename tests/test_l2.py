@@ -28,13 +28,14 @@ from convnorm.spectral import (
     rescale,
     singular_values,
 )
-from convnorm.spectral.circle import circle_of, half_grid, symbol
+from convnorm.spectral.circle import circle_of, groups_of, half_grid, symbol
 from convnorm.spectral.definite import is_below, largest_eigenvalue
-from convnorm.spectral.explicit import explicit_matrix, gram_matrices, groups_of
+from convnorm.spectral.explicit import explicit_matrix, gram_matrices
 from convnorm.spectral.krylov import Lanczos, in_precision
 from convnorm.spectral.lanczos import search
 from convnorm.spectral.modes import largest_modes, modes_upper
 from convnorm.spectral.on_circle import GramSymbol, circle_phases, circle_upper, coarse_phases
+from convnorm.spectral.rayleigh import in_best_group
 
 ROUNDING = 1e-13  # of the truth itself
 
@@ -719,3 +720,22 @@ def test_a_warm_start_is_not_blind_to_another_group():
     assert not warm.stopped
     assert warm.ratio <= 1.001
     assert math.isclose(warm.lower, cold.lower, rel_tol=1e-3)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_lies_in_the_best_group_is_no_worse_than_the_whole(transposed):
+    """And a bracket's input lies in one group, which alone is measured for its lower bound and its gradient."""
+    torch.manual_seed(0)
+    layer = as_layer(torch.randn(12, 3, 3, 3).double(), [6, 6], padding=1, groups=4, transposed=transposed)
+    for _ in range(20):
+        x = torch.randn(1, 12, 6, 6, dtype=torch.float64)
+        best = in_best_group(layer, x)
+        assert best.unflatten(1, (4, -1)).flatten(2).any(2).sum() == 1
+        assert layer(best).norm() / best.norm() >= layer(x).norm() / x.norm()
+    weight = layer.weight.requires_grad_()
+    found = convnorm.l2(layer, rtol=1e-6)
+    assert found.right.unflatten(1, (4, -1)).flatten(2).any(2).sum() == 1
+    (gradient,) = torch.autograd.grad(found.lower, weight)
+    (expected,) = torch.autograd.grad(layer(found.right).norm(), weight)
+    torch.testing.assert_close(gradient, expected)
+    assert in_best_group(layer, torch.zeros_like(x)).eq(0).all()

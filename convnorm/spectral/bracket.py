@@ -15,15 +15,15 @@ from ..layers import Layer
 from ..uncompiled import break_graph
 from .admit import admitted, admitted_start
 from .bounds import frobenius, sqrt_l1_linf
-from .circle import Circle, circle_of, half_grid, power_of_two, with_read_taps
+from .circle import Circle, circle_of, groups_of, half_grid, power_of_two, with_read_taps
 from .definite import unit_roundoff
-from .explicit import LARGEST, explicit_uppers, groups_of, matrix_sizes
+from .explicit import LARGEST, explicit_uppers, matrix_sizes
 from .krylov import LOOK_EVERY, STARTS, Lanczos, in_precision
 from .lanczos import search
 from .modes import MODES, modes_upper
 from .on_circle import circle_upper
 from .outward import upward
-from .rayleigh import attained, rounding_error, unit
+from .rayleigh import attained, in_best_group, rounding_error, unit
 
 EIGENVECTORS = 55.0  # what those of a matrix cost, in factorisations of a real one of the size
 MOST_WORK = 1e12  # that modes may cost, in cubes of sizes that are factorised
@@ -105,8 +105,8 @@ class Search:
         self.size = power_of_two(layer.weight)
         self.layer = in_precision(layer, torch.float64)
         self.rtol = rtol
-        precision = torch.float64 if rtol < 1e-5 else torch.float32
-        self.process = search(in_precision(layer, precision), rtol / 5, MOST_STEPS, start)
+        self._rough = in_precision(layer, torch.float64 if rtol < 1e-5 else torch.float32)
+        self.process = search(self._rough, rtol / 5, MOST_STEPS, start)
         self.lower = -1.0
         self.keep(self.process.right())
 
@@ -124,7 +124,7 @@ class Search:
             self.run(self.rtol / 50)
 
     def keep(self, right: Tensor) -> None:
-        right = unit(right)
+        right = unit(in_best_group(self._rough, right))
         lower = float(attained(self.layer, right))
         if lower > self.lower:
             self.lower, self.right = lower, right

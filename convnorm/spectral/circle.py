@@ -130,6 +130,12 @@ def with_read_taps(layer: Layer) -> Layer:
     return layer if weight is layer.weight else replace(layer, weight=weight)
 
 
+def groups_of(layer: Layer, groups: Tensor) -> Layer:
+    """Some groups of a layer, as a layer of their own."""
+    own = as_matrix(layer.weight, layer.plan)[groups.to(layer.weight.device)]
+    return replace(layer, weight=own.flatten(0, 1), groups=len(groups))
+
+
 def power_of_two(weight: Tensor) -> float:
     """Such that the largest entry of ``weight`` is between 1/2 and 1 times that; 1 for zeros.
 

@@ -17,7 +17,7 @@ from ..geometry import GeometryError, fold
 from ..layers import Layer
 from ..winners import as_matrix
 from .admit import admitted
-from .circle import circle_of, half_grid, symbol, with_read_taps
+from .circle import circle_of, groups_of, half_grid, symbol, with_read_taps
 from .definite import is_below, largest_eigenvalue, unit_roundoff
 
 LARGEST = 8192  # rows or columns, the fewer of them, of a matrix that is decomposed
@@ -31,12 +31,6 @@ def matrix_sizes(layer: Layer) -> tuple[int, int]:
         layer.out_channels // layer.groups * math.prod(layer.geometry.out_shape),
         layer.in_channels // layer.groups * math.prod(layer.in_shape),
     )
-
-
-def groups_of(layer: Layer, groups: Tensor) -> Layer:
-    """Some groups of a layer, as a layer of their own."""
-    own = as_matrix(layer.weight, layer.plan)[groups.to(layer.weight.device)]
-    return replace(layer, weight=own.flatten(0, 1), groups=len(groups))
 
 
 def explicit_uppers(layer: Layer, level: float) -> Tensor:

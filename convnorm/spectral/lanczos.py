@@ -19,7 +19,7 @@ from ..layers import Layer
 from .admit import admitted, admitted_start, at_least_one
 from .circle import with_read_taps
 from .krylov import Lanczos, in_precision
-from .rayleigh import Singular, rayleigh
+from .rayleigh import Singular, in_best_group, rayleigh
 
 SMALLEST = 16  # inputs that an axis is left with, and so many times its kernel: on fewer, other waves may win,
 SPANS, ROUGH_SPANS = 5, 3  # by some thousandths
@@ -50,8 +50,8 @@ def lanczos(
     at_least_one(steps=steps)
     one = with_read_taps(admitted(layer, in_shape, options))
     start = admitted_start(start, one)
-    precision = torch.float64 if rtol < 1e-5 else torch.float32
-    return rayleigh(one, search(in_precision(one, precision), rtol, steps, start).right())
+    rough = in_precision(one, torch.float64 if rtol < 1e-5 else torch.float32)
+    return rayleigh(one, in_best_group(rough, search(rough, rtol, steps, start).right()))
 
 
 def search(layer: Layer, rtol: float, steps: int, start: Tensor | None = None, spans: int | None = None) -> Lanczos:

@@ -19,7 +19,7 @@ from ..geometry import GeometryError
 from ..layers import Layer
 from .admit import admitted, at_least_one
 from .krylov import in_precision
-from .rayleigh import Singular, rayleigh
+from .rayleigh import Singular, by_group, rayleigh
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ def power_iteration(
         for _ in range(iterations):
             y = _unit(working(x), one.groups)
             x = _unit(working.adjoint(y), one.groups)
-        lengths = torch.linalg.vector_norm(_by_group(working(x), one.groups), dim=2)
+        lengths = torch.linalg.vector_norm(by_group(working(x), one.groups), dim=2)
         run, group = divmod(int(lengths.argmax()), one.groups)
         best = torch.zeros_like(x[:1])
-        _by_group(best, one.groups)[0, group] = _by_group(x, one.groups)[run, group]
+        by_group(best, one.groups)[0, group] = by_group(x, one.groups)[run, group]
     found = rayleigh(one, best)
     return PowerIteration(found.value, found.residual, found.left, found.right, x)
 
@@ -78,20 +78,15 @@ def _first(layer: Layer, restarts: int, start: Tensor | None, generator: torch.G
         raise GeometryError("convnorm: start holds NaN or inf")
     shape = (max(restarts, len(start)), *wanted)
     x = torch.randn(shape, dtype=layer.weight.dtype, device=layer.weight.device, generator=generator)
-    own = _by_group(_unit(start.detach().double(), layer.groups).to(x), layer.groups)
-    drawn = _by_group(x[: len(start)], layer.groups)
+    own = by_group(_unit(start.detach().double(), layer.groups).to(x), layer.groups)
+    drawn = by_group(x[: len(start)], layer.groups)
     drawn.copy_(own.where((own != 0).any(2, keepdim=True), drawn))
     return x
 
 
-def _by_group(vectors: Tensor, groups: int) -> Tensor:
-    """[batch, groups, entries], a view."""
-    return vectors.unflatten(1, (groups, -1)).flatten(2)
-
-
 def _unit(vectors: Tensor, groups: int) -> Tensor:
     """Each group's part of length 1, or 0. Divided by its largest entry first, no square of it underflows."""
-    parts = _by_group(vectors, groups)
+    parts = by_group(vectors, groups)
     largest = parts.abs().amax(2, keepdim=True)
     parts = parts / largest.where(largest > 0, 1)
     return (parts / torch.linalg.vector_norm(parts, dim=2, keepdim=True).clamp_min(1)).reshape(vectors.shape)

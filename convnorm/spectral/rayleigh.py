@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..layers import Layer
 from ..norms import Norms
-from .circle import power_of_two, with_read_taps
+from .circle import groups_of, power_of_two, with_read_taps
 from .definite import unit_roundoff
 from .outward import LEAST, once
 
@@ -45,7 +45,29 @@ def rayleigh(layer: Layer, x: Tensor) -> Singular:
 def attained(layer: Layer, right: Tensor) -> Tensor:
     """|layer(right)| for a unit vector, rounded down. Differentiable in the layer's weight."""
     exact = _exact(layer)
+    parts = by_group(right, layer.groups)[0]
+    reached = parts.any(1).nonzero().flatten()
+    if 0 < len(reached) < layer.groups:
+        exact, right = groups_of(exact, reached), parts[reached].view(1, -1, *right.shape[2:])
     return _length(exact, exact(right), power_of_two(layer.weight))
+
+
+def in_best_group(layer: Layer, x: Tensor) -> Tensor:
+    """What of ``x[1, channels, *in_shape]`` lies in the group where its image is longest for its length: there it is
+    no shorter than that of all of ``x``.
+    """
+    if layer.groups == 1:
+        return x
+    images, parts = by_group(layer(x.to(layer.weight)), layer.groups), by_group(x, layer.groups)
+    lengths, images = torch.linalg.vector_norm(parts, dim=2), torch.linalg.vector_norm(images, dim=2)
+    best = (images / lengths.where(lengths > 0, 1)).argmax()
+    own = torch.arange(layer.groups, device=x.device) == best
+    return (parts * own[:, None]).view_as(x)
+
+
+def by_group(vectors: Tensor, groups: int) -> Tensor:
+    """[batch, groups, entries], a view."""
+    return vectors.unflatten(1, (groups, -1)).flatten(2)
 
 
 def _exact(layer: Layer) -> Layer:
