@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import library
 from .geometry import Axis, GeometryError
 from .layers import Layer, as_layer
-from .winners import as_matrix, merge_taps, slice_index, slice_subgradient
+from .winners import add_to_slice, as_matrix, merge_taps, slice_index, slice_subgradient
 
 
 class Norms:
@@ -110,7 +110,7 @@ def subgradient(
     values = slice_subgradient(part, one.plan, winner, column).to(part.dtype)
     if layout == "dense":
         dense = torch.zeros_like(one.weight, requires_grad=False)
-        as_matrix(dense, one.plan).index_put_(index, values)
+        add_to_slice(dense, one.plan, winner, column, values)
         return dense
     first, *others = values.nonzero(as_tuple=True)
     group, row, col = (i.expand(len(values))[first] for i in index)
