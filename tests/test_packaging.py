@@ -58,6 +58,22 @@ def test_a_compiler_may_have_a_launcher(checkout):
     assert "the extension does not compile" in error
 
 
+@pytest.mark.skipif(shutil.which("sh") is None, reason="needs sh")
+def test_cuda_is_compiled_for_the_targets_that_nvcc_knows(checkout):
+    """One before 12.8 has no sm_100."""
+    nvcc = checkout / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    lists = 'echo "$@" >> "$0.log"; [ "$1" = --list-gpu-arch ] && echo compute_80 compute_90'
+    nvcc.write_text(f"#!/bin/sh\n{lists}\n")
+    nvcc.chmod(0o755)
+    error = setup(checkout, "build", fails=True, CXX="env false", CUDA_HOME=str(nvcc.parents[1]), CONVNORM_CUDA="1")
+    assert "CONVNORM_CUDA=0 installs without CUDA" in error
+    called = nvcc.with_suffix(".log").read_text()
+    assert "compute_80,code=sm_80" in called
+    assert "compute_90,code=compute_90" in called
+    assert "compute_100" not in called
+
+
 @pytest.mark.parametrize("no_ext", ["0", "1"])
 def test_an_sdist_has_all_sources(checkout, no_ext):
     setup(checkout, "egg_info", CONVNORM_NO_EXT=no_ext)
