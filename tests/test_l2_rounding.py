@@ -69,7 +69,7 @@ def test_angles_of_far_taps_are_rounded_upward():
         )
         circle = circle_of(layer)
         assert circle.whole
-        upper = circle_upper(circle, level=0.0, rtol=1e-9).item()
+        upper = circle_upper(circle, level=0.0, rtol=1e-9)[0].item()
         assert sums.max() <= upper <= sums.max() * (1 + 1e-10)
 
 

@@ -28,7 +28,8 @@ def frobenius(layer: nn.Module | Tensor | Layer, in_shape: Sequence[int] = (), *
     tensor(3.1623, dtype=torch.float64)
     """
     norms, absolute, slack, scale = measured(admitted(layer, in_shape, options))
-    return upward(norms.frobenius + slack * absolute.frobenius.detach(), scale)
+    found = norms.frobenius
+    return upward(found + slack * (found if absolute is norms else absolute.frobenius).detach(), scale)
 
 
 def sqrt_l1_linf(layer: nn.Module | Tensor | Layer, in_shape: Sequence[int] = (), **options: Any) -> Tensor:

@@ -18,17 +18,19 @@ from .bounds import frobenius, sqrt_l1_linf
 from .circle import Circle, circle_of, groups_of, half_grid, power_of_two, with_read_taps
 from .definite import unit_roundoff
 from .explicit import LARGEST, explicit_uppers, matrix_sizes
-from .krylov import LOOK_EVERY, STARTS, Lanczos, in_precision
+from .krylov import STARTS, Lanczos, in_precision
 from .lanczos import search
 from .modes import MODES, modes_upper
 from .on_circle import circle_upper
 from .outward import upward
-from .rayleigh import attained, in_best_group, rounding_error, unit
+from .rayleigh import attained, downward, in_best_group, rounding_error, unit
+from .wave import Wave, over_inputs
 
 EIGENVECTORS = 55.0  # what those of a matrix cost, in factorisations of a real one of the size
 MOST_WORK = 1e12  # that modes may cost, in cubes of sizes that are factorised
 NARROW = 1.06  # how far above the norm a circle may be for its modes to close the bracket
 MOST_STEPS = 1000
+LOOK_EVERY = 2  # steps of the probable bound
 
 
 @dataclass(frozen=True)
@@ -95,20 +97,32 @@ def l2(
     stopped = "" if search.closed(proof.upper) else proof.limit
     if upper.isinf():
         stopped = "float64, which has no number as large"
-    return Bracket(attained(one, search.right), upper, proof.certificate, stopped, search.right)
+    return Bracket(downward(search.length, search.size), upper, proof.certificate, stopped, search.right)
 
 
 class Search:
-    """The largest singular value from below, in ever more steps; the layer's scale ``size`` is taken out."""
+    """The largest singular value from below, in ever more steps; the layer's scale ``size`` is taken out.
+
+    ``length`` is what the input ``right`` attains, differentiable in the layer's weight, and ``lower`` its value.
+    """
 
     def __init__(self, layer: Layer, rtol: float, start: Tensor | None) -> None:
         self.size = power_of_two(layer.weight)
         self.layer = in_precision(layer, torch.float64)
         self.rtol = rtol
+        self._given = layer
         self._rough = in_precision(layer, torch.float64 if rtol < 1e-5 else torch.float32)
-        self.process = search(self._rough, rtol / 5, MOST_STEPS, start)
         self.lower = -1.0
+        self.begin(start)
+
+    def begin(self, start: Tensor | None) -> None:
+        self.process = search(self._rough, self.rtol / 5, MOST_STEPS, start)
         self.keep(self.process.right())
+
+    def begin_with(self, circle: Circle, wave: Wave) -> None:
+        if circle.arcs:  # without them the wave is what was searched for already
+            with torch.autocast(circle.kernel.device.type, enabled=False):
+                self.begin(over_inputs(self._rough, circle, wave, self.rtol))
 
     def run(self, rtol: float) -> None:
         """Twice the steps, and more of them: a search may rest on another singular value for a while."""
@@ -125,9 +139,9 @@ class Search:
 
     def keep(self, right: Tensor) -> None:
         right = unit(in_best_group(self._rough, right))
-        lower = float(attained(self.layer, right))
-        if lower > self.lower:
-            self.lower, self.right = lower, right
+        length = attained(self._given, right)
+        if float(length) > self.lower:
+            self.lower, self.length, self.right = float(length), length, right
 
     @property
     def level(self) -> float:
@@ -153,9 +167,11 @@ def prove(search: Search) -> Proof:
     if search.closed(cheap.upper):
         return cheap
     circle = circle_of(search.layer)
-    upper = circle_upper(circle, search.level, search.rtol)
-    if not search.closed(float(upper.max())):
-        search.run(search.rtol / 50)  # the lower bound may be at fault
+    upper, most = circle_upper(circle, search.level, search.rtol)
+    if most and not search.closed(float(upper.max())):  # the lower bound may be at fault
+        search.begin_with(circle, Wave(*most))
+        if not search.closed(float(upper.max())):
+            search.run(search.rtol / 50)
     proof = Proof(float(upper.max()), "circle", "a lower bound that does not rise")
     if not search.closed(proof.upper) and not circle.whole:
         proof = sharpen(search, circle, upper)

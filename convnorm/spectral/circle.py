@@ -39,8 +39,8 @@ class Arc:
     """One axis of a layer on its circle.
 
     ``inputs[phase, point]`` and ``outputs[point]`` say which places of the circle the layer uses; inputs that it does
-    not read may share a place with others. ``factor`` is how much the layer's norm may exceed the circle's, by this
-    axis.
+    not read may share a place with others. The layer's first input is at point ``first // stride``, of phase ``first %
+    stride``. ``factor`` is how much the layer's norm may exceed the circle's, by this axis.
     """
 
     points: int
@@ -48,6 +48,7 @@ class Arc:
     spacing: int  # of taps
     inputs: Tensor
     outputs: Tensor
+    first: int
     factor: float = 1.0
 
     @property
@@ -103,11 +104,12 @@ def circle_of(layer: Layer) -> Circle:
         if layer.padding_mode == "zeros" or before == after == 0:
             arcs.append(_zero_padded(n, m, taps, stride, dilation, before))
         elif layer.padding_mode == "circular" and n % stride == 0:
-            arcs.append(_circular(n, m, stride, dilation))
+            arcs.append(_circular(n, m, stride, dilation, before))
         else:
             reads = np.add.outer(np.arange(m) * stride - before, np.arange(taps) * dilation)
             seen = np.bincount(fold(np.unique(reads), n, layer.padding_mode))
-            arcs.append(_zero_padded(n + before + after, m, taps, stride, dilation, 0, math.sqrt(seen.max())))
+            arc = _zero_padded(n + before + after, m, taps, stride, dilation, 0)
+            arcs.append(replace(arc, first=before, factor=math.sqrt(seen.max())))
     for axis, arc in enumerate(arcs):
         if arc.stride > 1:
             kernel = _polyphase(kernel, 3 + axis, arc.stride, shape.dilation[axis])
@@ -145,7 +147,7 @@ def power_of_two(weight: Tensor) -> float:
     return math.ldexp(1.0, min(max(math.frexp(largest)[1], -1022), 1023)) if 0 < largest < math.inf else 1.0
 
 
-def _zero_padded(n: int, m: int, taps: int, stride: int, dilation: int, before: int, factor: float = 1.0) -> Arc:
+def _zero_padded(n: int, m: int, taps: int, stride: int, dilation: int, before: int) -> Arc:
     """The smallest circle that works: no tap of a kept output reads an input that it would not on the line."""
     first = -(-max(0, before - dilation * (taps - 1)) // stride)  # outputs before and after these see only padding
     last = min(m - 1, (n - 1 + before) // stride)
@@ -154,18 +156,23 @@ def _zero_padded(n: int, m: int, taps: int, stride: int, dilation: int, before: 
     start = before - first * stride  # so far before the inputs the first output begins
     reach = (last - first) * stride + dilation * (taps - 1) + 1 - start
     outputs = last - first + 1
+    if taps == 1:  # no output reads what another does: places that are not read are no part of the circle
+        return Arc(
+            outputs, 1, 1, torch.ones(1, outputs, dtype=torch.bool), torch.ones(outputs, dtype=torch.bool), start
+        )
     points = -(-max(n + start, reach, outputs * stride) // stride)
     place = np.zeros(points * stride, bool)
     place[(np.arange(n) + start) % (points * stride)] = True
     inputs = torch.from_numpy(place.reshape(points, stride).T.copy())
     kept = torch.from_numpy(np.arange(points) < outputs)
-    return Arc(points, stride, 1 if stride > 1 else dilation, inputs, kept, factor)
+    return Arc(points, stride, 1 if stride > 1 else dilation, inputs, kept, start)
 
 
-def _circular(n: int, m: int, stride: int, dilation: int) -> Arc:
+def _circular(n: int, m: int, stride: int, dilation: int, before: int) -> Arc:
     points = n // stride
     inputs, outputs = torch.from_numpy(np.ones((stride, points), bool)), torch.from_numpy(np.arange(points) < m)
-    return Arc(points, stride, 1 if stride > 1 else dilation, inputs, outputs, math.sqrt(max(1, -(-m // points))))
+    factor = math.sqrt(max(1, -(-m // points)))
+    return Arc(points, stride, 1 if stride > 1 else dilation, inputs, outputs, before, factor)
 
 
 def _polyphase(kernel: Tensor, dim: int, stride: int, dilation: int) -> Tensor:
@@ -211,4 +218,5 @@ def symbol(circle: Circle, frequencies: Tensor) -> Tensor:
     places = [torch.arange(taps, device=kernel.device) * arc.spacing for taps, arc in sizes]
     wave = waves(frequencies.to(kernel.device), places).reshape(len(frequencies), -1)
     groups, rows, columns = kernel.shape[:3]
-    return torch.einsum("ft,grct->gfrc", wave, kernel.reshape(groups, rows, columns, -1).to(wave.dtype))
+    by_tap = kernel.reshape(groups, rows * columns, -1).mT
+    return torch.complex(wave.real @ by_tap, wave.imag @ by_tap).unflatten(2, (rows, columns))

@@ -25,7 +25,7 @@ from ..layers import Layer
 from .rayleigh import without_scale
 
 MEMORY = 1 << 30  # bytes of vectors
-LOOK_EVERY = 2  # steps
+LOOK_BACK = 4  # steps: a few of them may add little
 ORDER = 3  # the error is taken to fall as this power of the steps: it is then steps / ORDER times what a step adds
 STARTS = 2  # of the probable bound, which fails only if all of them do: each may fail too often for rounding to matter
 ROUNDING = 1e-12  # of a vector's component, over a whole process in float64
@@ -76,17 +76,16 @@ class Lanczos:
         full = (self.steps + 1) * self.size * self._basis.element_size() > MEMORY
         return reached or (full and self.steps > 0) or self.steps >= self.size
 
-    def run(self, rtol: float, steps: int) -> None:
+    def run(self, rtol: float, steps: int, look_back: int = LOOK_BACK) -> None:
         """Until the largest singular value is found to about ``rtol``, or that many steps are done."""
-        before = last = 0.0
+        squares: list[float] = []
         while self.steps < steps and not self.exhausted:
             self.extend()
-            if self.steps % LOOK_EVERY == 0:
-                square = self.ritz()
-                added = (square - before) / (2 * LOOK_EVERY)
-                if added * self.steps / ORDER <= 2 * rtol * square:
+            squares.append(self.ritz())
+            if len(squares) > look_back:
+                added = (squares[-1] - squares[-1 - look_back]) / look_back
+                if added * self.steps / ORDER <= 2 * rtol * squares[-1]:
                     break
-                before, last = last, square
 
     @torch.no_grad()
     def extend(self) -> None:
@@ -111,18 +110,18 @@ class Lanczos:
 
     def ritz(self) -> float:
         """The square of the largest singular value found."""
-        return self._ritz()[0][-1].item()
+        return torch.linalg.eigvalsh(self._projected()).max().item()
 
-    def _ritz(self) -> tuple[Tensor, Tensor]:
-        """All squares, and their vectors in coordinates of the basis."""
-        projected = torch.diag(torch.tensor(self._diagonal, dtype=torch.float64, device="cpu"))
+    def _projected(self) -> Tensor:
+        """The Gram matrix in coordinates of the basis."""
         beside = torch.tensor(self._beside[:-1], dtype=torch.float64, device="cpu")
-        return torch.linalg.eigh(projected + torch.diag(beside, 1) + torch.diag(beside, -1))
+        diagonal = torch.diag(torch.tensor(self._diagonal, dtype=torch.float64, device="cpu"))
+        return diagonal + torch.diag(beside, 1) + torch.diag(beside, -1)
 
     def right(self) -> Tensor:
         """[1, channels, *in_shape]: the input whose image is the longest found."""
         basis = self._basis[: self.steps]
-        side = (self._ritz()[1][:, -1].to(basis) @ basis).view(self._shape).movedim(-1, 1)
+        side = (torch.linalg.eigh(self._projected())[1][:, -1].to(basis) @ basis).view(self._shape).movedim(-1, 1)
         if self._on_inputs:
             return side
         right = self._there(side)

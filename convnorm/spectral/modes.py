@@ -130,16 +130,18 @@ def largest_modes(circle: Circle, real: int) -> Modes:
     place = (frequencies * points / (2 * math.pi)).round().long()
     single = (2 * place % points == 0).all(1)
     chunk = max(1, CHUNK // (circle.kernel.numel() * 16))
-    best, rest = None, 0.0
+    best, rest, least = None, 0.0, 0.0
     for own in (single, ~single):
         for part in own.nonzero().flatten().split(chunk) if own.any() else ():
             matrices = symbol(circle, frequencies[part])[0].detach()
-            found = _modes_at(matrices.real if own is single else matrices, place[part].to(matrices.device))
+            matrices = matrices.real if own is single else matrices
+            found, left_out = _modes_at(matrices, place[part].to(matrices.device), least)
             joined = found if best is None else tuple(map(torch.cat, zip(best, found, strict=True)))
             order = joined[0].argsort(descending=True)
             order, others = order[: real // 2], joined[0][order[real // 2 :]]
-            rest = max([rest, *others[:1].tolist()])
+            rest = max([rest, left_out, *others[:1].tolist()])
             best = tuple(part[order] for part in joined)
+            least = best[0][-1].item() if len(order) == real // 2 else 0.0
     values, *parts = best
     clear = values >= LEAST * values[0]
     rest = max([rest, *values[~clear][:1].tolist()])
@@ -147,15 +149,20 @@ def largest_modes(circle: Circle, real: int) -> Modes:
     return replace(modes, rest=rest + rounding(modes))
 
 
-def _modes_at(matrices: Tensor, place: Tensor) -> tuple[Tensor, ...]:
-    """Singular values and vectors of ``matrices[F, rows, columns]``, with their place, and whether they are single."""
+def _modes_at(matrices: Tensor, place: Tensor, least: float) -> tuple[tuple[Tensor, ...], float]:
+    """Singular values and vectors of ``matrices[F, rows, columns]``, with their place, and whether they are single. And
+    the largest value of those left out, which are all below ``least``.
+    """
     few_rows = matrices.shape[1] <= matrices.shape[2]
     small = matrices.mH if few_rows else matrices  # [F, more, fewer]
     squares, vectors = torch.linalg.eigh(small.mH @ small)
     values = squares.clamp_min(0).sqrt()
+    few = int((values < least).sum(1).min())
+    left_out = values[:, :few].amax().item() if few else 0.0
+    values, vectors = values[:, few:], vectors[..., few:]
     others = (small @ vectors) / values.clamp_min(torch.finfo(values.dtype).tiny)[:, None]
     own, other = (v.mT.flatten(0, 1).to(torch.complex128) for v in (vectors, others))
     left, right = (own, other) if few_rows else (other, own)
     count = values.shape[1]
     single = torch.full((values.numel(),), not matrices.is_complex(), device=values.device)
-    return values.flatten(), place.repeat_interleave(count, 0), left, right, single
+    return (values.flatten(), place.repeat_interleave(count, 0), left, right, single), left_out

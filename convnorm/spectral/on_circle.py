@@ -134,8 +134,9 @@ def coarse_phases(circle: Circle, share: float) -> tuple[Tensor, float]:
     return half_grid(points) * torch.tensor(spacings, dtype=torch.float64, device="cpu"), factor
 
 
-def circle_upper(circle: Circle, level: float, rtol: float) -> Tensor:
-    """upper[groups] of the norm of the layer on the circle: ``level`` for groups proved to stay below it, else more.
+def circle_upper(circle: Circle, level: float, rtol: float) -> tuple[Tensor, tuple[int, Tensor] | None]:
+    """upper[groups] of the norm of the layer on the circle: ``level`` for groups proved to stay below it, else more,
+    and then a group and phases[axes] where the circle does as much.
 
     A part of ``rtol`` may be lost to save time.
     """
@@ -149,14 +150,17 @@ def circle_upper(circle: Circle, level: float, rtol: float) -> Tensor:
         dtype = torch.complex128
         error = gram.rounding(dtype)
     above = torch.cat([~is_below(part, square, error) for _, part in gram.at(phases, dtype)], 1).cpu()
-    upper = torch.full((gram.groups,), square, dtype=torch.float64, device="cpu")
-    doubtful = above.any(0)
-    if not doubtful.any():
-        return factor * upper.sqrt() * (1 + 4 * unit_roundoff(torch.float64))
-    above = above[:, doubtful]
-    error = gram.rounding(torch.complex128)
-    for part, matrices in gram.at(phases[doubtful]):
-        group, _ = above[:, part].nonzero(as_tuple=True)
-        largest = largest_eigenvalue(matrices[above[:, part].to(matrices.device)], error).cpu()
-        upper.scatter_reduce_(0, group, largest, "amax")
-    return factor * upper.sqrt() * (1 + 4 * unit_roundoff(torch.float64))
+    squares = torch.full((gram.groups,), square, dtype=torch.float64, device="cpu")
+    most, error = None, gram.rounding(torch.complex128)
+    while len(doubtful := above.nonzero()):  # eigenvalues cost many factorisations: of one matrix, for a new level
+        group, at = doubtful[len(doubtful) // 2].tolist()
+        most = group, phases[at]
+        ((_, matrix),) = gram.at(phases[at : at + 1])
+        slack = rtol / 64 if len(doubtful) > 1 else 0.0  # others may do as much, but for rounding
+        square = max(square, float(largest_eigenvalue(matrix[group, 0], error)) * (1 + slack))
+        squares[above.any(1)] = square
+        left = above.any(0).nonzero().flatten()
+        for part, matrices in gram.at(phases[left]):
+            above[:, left[part]] &= ~is_below(matrices, square, error).cpu()
+        above[group, at] = False
+    return factor * squares.sqrt() * (1 + 4 * unit_roundoff(torch.float64)), most

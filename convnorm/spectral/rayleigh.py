@@ -39,17 +39,19 @@ def rayleigh(layer: Layer, x: Tensor) -> Singular:
         left, size = unit(y), torch.linalg.vector_norm(y)
         off = replace(exact, weight=exact.weight.to(x.dtype)).adjoint(left.to(x.dtype)) - size * right
         residual = torch.linalg.vector_norm(off) / size.where(size > 0, 1)
-    return Singular(_length(exact, y, power_of_two(layer.weight)), residual, left, right)
+    return Singular(downward(_length(exact, y), power_of_two(layer.weight)), residual, left, right)
 
 
 def attained(layer: Layer, right: Tensor) -> Tensor:
-    """|layer(right)| for a unit vector, rounded down. Differentiable in the layer's weight."""
+    """|layer(right)| / scale for a unit vector, rounded down, where the scale is a power of two that cannot overflow,
+    ``power_of_two`` of the layer's weight. Differentiable once, in that.
+    """
     exact = _exact(layer)
     parts = by_group(right, layer.groups)[0]
     reached = parts.any(1).nonzero().flatten()
     if 0 < len(reached) < layer.groups:
         exact, right = groups_of(exact, reached), parts[reached].view(1, -1, *right.shape[2:])
-    return _length(exact, exact(right), power_of_two(layer.weight))
+    return _length(exact, exact(right)).clamp_min(0)
 
 
 def in_best_group(layer: Layer, x: Tensor) -> Tensor:
@@ -75,11 +77,11 @@ def _exact(layer: Layer) -> Layer:
     return replace(exact, weight=once(exact.weight))
 
 
-def _length(layer: Layer, y: Tensor, scale: float) -> Tensor:
-    """scale |y|, where ``y`` is the image of a unit vector, rounded down."""
+def _length(layer: Layer, y: Tensor) -> Tensor:
+    """|y|, where ``y`` is the image of a unit vector, rounded down."""
     with torch.no_grad():
         error = rounding_error(layer)
-    return downward(once(torch.linalg.vector_norm(y)) - error, scale)
+    return once(torch.linalg.vector_norm(y)) - error
 
 
 def downward(bound: Tensor, scale: float) -> Tensor:

@@ -85,7 +85,7 @@ def _upper(layer: Layer, bound: float, start: Tensor | None, rtol: float, search
     # to be within the bound is better than to be proved sharply
     level = (bound if lower <= bound <= lower * (1 + rtol) else lower * (1 + rtol)) / scale * (1 - 2.0**-48)
     circle = circle_of(unit)
-    uppers = circle_upper(circle, level, rtol)
+    uppers, _ = circle_upper(circle, level, rtol)
     if not circle.whole and min(matrix_sizes(unit)) <= EXPLICIT:
         doubtful = (uppers > level * (1 + 2.0**-49)).nonzero().flatten()
         if len(doubtful):
