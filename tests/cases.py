@@ -31,6 +31,11 @@ class Case:
         return list(self.stride), list(self.padding), list(self.in_shape)
 
     @property
+    def keywords(self) -> dict[str, Any]:
+        """For ``convnorm.norms(weight, case.in_shape, **case.keywords)``, and all that is called as it is."""
+        return {"stride": self.stride, "padding": self.padding, **self.options}
+
+    @property
     def plan(self) -> str:
         return layer_plan(self.geometry).text
 

@@ -43,9 +43,7 @@ def module_norm(module, in_shape):
 
 
 def project_case(weight, case, bound, method):
-    stride, padding, in_shape = case.args
-    options = {"stride": stride, "padding": padding} | case.options
-    return project(weight, in_shape, ord=2, bound=bound, method=method, **options)
+    return project(weight, case.in_shape, ord=2, bound=bound, method=method, **case.keywords)
 
 
 @pytest.mark.parametrize("method", METHODS)

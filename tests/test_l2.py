@@ -4,7 +4,6 @@ The truth is the largest singular value of the explicit matrix, in float64.
 """
 
 import math
-from dataclasses import replace
 
 import cases
 import numpy as np
@@ -23,20 +22,15 @@ from convnorm.spectral import (
     explicit,
     frobenius,
     lanczos,
-    on_circle,
     power_iteration,
     rescale,
     singular_values,
 )
-from convnorm.spectral.circle import circle_of, groups_of, half_grid, symbol
-from convnorm.spectral.definite import is_below, largest_eigenvalue
-from convnorm.spectral.explicit import explicit_matrix, gram_matrices
-from convnorm.spectral.krylov import Lanczos, in_precision
-from convnorm.spectral.lanczos import search
-from convnorm.spectral.modes import largest_modes, modes_upper
-from convnorm.spectral.on_circle import GramSymbol, circle_phases, circle_upper, coarse_phases
-from convnorm.spectral.rayleigh import in_best_group
-from convnorm.spectral.wave import first_wave
+from convnorm.spectral.circle import circle_of, groups_of
+from convnorm.spectral.explicit import explicit_matrix
+from convnorm.spectral.krylov import Lanczos
+from convnorm.spectral.modes import modes_upper
+from convnorm.spectral.on_circle import circle_upper
 
 ROUNDING = 1e-13  # of the truth itself
 
@@ -76,7 +70,7 @@ ADVERSARIAL = (zero_blocks, rank_one, repeated, difference)
 
 
 def layer_and_norm(seed, number):
-    """A random layer of any kind, its options as ``convnorm.l2`` takes them, and its norm times ``1 / unit``."""
+    """A random layer of any kind, its weight, its norm divided by ``unit``, and ``unit``."""
     rng = np.random.default_rng((seed, number, 2))
     case = cases.random_case(rng)
     if rng.random() < 0.4:
@@ -95,10 +89,6 @@ def true_norm(weight, case):
     return torch.linalg.matrix_norm(oracle.matrix(weight, *case.args, **case.options), ord=2).item()
 
 
-def options(case):
-    return {"stride": case.stride, "padding": case.padding, **case.options}
-
-
 def assert_brackets(found, truth, unit, message):
     lower, upper = found.lower.item() / unit, found.upper.item() / unit
     least = np.finfo(float).smallest_subnormal / unit  # norms that hardly are float64 numbers
@@ -114,7 +104,7 @@ def test_the_norm_lies_in_the_bracket(request, seed):
     for number in count(request, 1500):
         case, weight, truth, unit = layer_and_norm(seed, number)
         rtol = (1e-2, 1e-2, 1e-5, 0.2)[number % 4]
-        found = convnorm.l2(weight, case.in_shape, rtol=rtol, **options(case))
+        found = convnorm.l2(weight, case.in_shape, rtol=rtol, **case.keywords)
         assert_brackets(found, truth, unit, replay(seed, number, case))
         if truth < 1e-9 and found.stopped == "rounding in float64":  # merged taps that cancel
             assert found.upper.item() / unit < 1e-9
@@ -128,7 +118,7 @@ def test_circles_and_their_modes_bound_the_norm(request, seed, monkeypatch):
     certificates = set()
     for number in count(request, 800):
         case, weight, truth, unit = layer_and_norm(seed, number)
-        found = convnorm.l2(weight, case.in_shape, **options(case))
+        found = convnorm.l2(weight, case.in_shape, **case.keywords)
         assert_brackets(found, truth, unit, replay(seed, number, case))
         assert (found.ratio > 1.01) == bool(found.stopped), f"{found}. {replay(seed, number, case)}"
         certificates.add(found.certificate)
@@ -140,7 +130,7 @@ def test_random_starts_close_every_bracket(request, seed, monkeypatch):
     certificates = set()
     for number in count(request, 400):
         case, weight, truth, unit = layer_and_norm(seed, number)
-        found = convnorm.l2(weight, case.in_shape, rtol=1e-3, failure=1e-12, **options(case))
+        found = convnorm.l2(weight, case.in_shape, rtol=1e-3, failure=1e-12, **case.keywords)
         assert_brackets(found, truth, unit, replay(seed, number, case))
         if truth < 1e-9 and found.stopped:  # merged taps that cancel
             assert found.upper.item() / unit < 1e-9
@@ -149,80 +139,6 @@ def test_random_starts_close_every_bracket(request, seed, monkeypatch):
         assert found.ratio <= 1.001
         certificates.add(found.certificate)
     assert "Lanczos, fails with probability 1e-12" in certificates
-
-
-@pytest.mark.parametrize("failure", [0.05, 0.2, 0.5])
-def test_probable_bounds_fail_as_often_as_they_say(failure):
-    """Where Bessel's inequality is an equality: one step from a random start finds the space of both eigenvalues."""
-    layer, truth = as_layer(torch.diag(torch.tensor([1.5] + [1.0] * 199, dtype=torch.float64))), 1.5
-    uppers = []
-    for seed in range(1000):
-        process = Lanczos(layer, generator=torch.Generator().manual_seed(seed))
-        process.extend()
-        uppers.append(math.sqrt(process.upper(failure)))
-    failed = sum(upper < truth for upper in uppers) / len(uppers)
-    spread = math.sqrt(failure * (1 - failure) / len(uppers))
-    assert 0.8 * failure - 3 * spread <= failed <= failure + 3 * spread
-
-
-def test_probable_bounds_are_sharp_after_a_few_steps():
-    weight = torch.randn(30, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    truth = torch.linalg.matrix_norm(weight, ord=2).item()
-    process = Lanczos(as_layer(weight), generator=torch.Generator().manual_seed(1))
-    for _ in range(25):
-        process.extend()
-    assert truth <= math.sqrt(process.upper(1e-6)) <= truth * 1.001
-
-
-def test_coarse_grids_bound_fine_ones(seed):
-    """Long axes are looked at in fewer points than they have."""
-    rng, used = np.random.default_rng(seed), 0
-    for _ in range(60):
-        taps, n = int(rng.integers(1, 6)), int(rng.integers(40, 120))
-        stride, dilation, padding = (int(rng.integers(1, 4)) for _ in range(3))
-        weight = torch.from_numpy(rng.standard_normal((2, 2, taps)))
-        layer = as_layer(weight, [n], stride=stride, dilation=dilation, padding=padding)
-        circle = circle_of(layer)
-        truth = torch.linalg.matrix_norm(explicit_matrix(layer), ord=2).item()
-        phases, factor = coarse_phases(circle, 0.1)
-        used += len(phases) < len(half_grid(circle.points))
-        upper = circle_upper(circle, 0.5 * truth, rtol=0.4)[0].item()
-        assert truth * (1 - ROUNDING) <= upper <= factor * truth * 1.1
-    assert used > 20
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128], ids=str)
-def test_no_matrix_above_the_level_is_certified(dtype):
-    generator = torch.Generator().manual_seed(0)
-    certified = 0
-    for size in (1, 2, 5, 20, 60):
-        half = torch.randn(200, size, 2 * size, dtype=dtype, generator=generator)
-        gram = half @ half.mH
-        truth = torch.linalg.eigvalsh(gram.to(torch.complex128))[:, -1]
-        known = 1e-13 if dtype in (torch.float64, torch.complex128) else 0  # no better than the truth itself
-        for nearness in (-1e-2, -1e-4, -1e-6, -1e-8, -known, 1e-15, 1e-8, 1e-4):
-            level = (truth * (1 + nearness)).unsqueeze(-1).tolist()
-            below = torch.tensor([is_below(one, at[0]).item() for one, at in zip(gram, level, strict=True)])
-            assert not below.any() or nearness > 0
-            certified += below.sum().item()
-        assert (largest_eigenvalue(gram) >= truth).all()
-    assert certified > 0
-
-
-@pytest.mark.parametrize("pair", [0, math.inf])
-@pytest.mark.parametrize("name", TABLE)
-def test_gram_matrices_are_those_of_the_explicit_matrix(monkeypatch, name, pair):
-    monkeypatch.setattr(explicit, "PAIR", pair)
-    case = TABLE[name]
-    weight = torch.randn(case.weight_shape, dtype=torch.float64)
-    layer = as_layer(weight, case.in_shape, **options(case))
-    for group, gram in enumerate(gram_matrices(layer)):
-        one = groups_of(layer, torch.tensor([group]))
-        matrix = oracle.matrix(one.weight, *case.args, **{**case.options, "groups": 1})
-        torch.testing.assert_close(explicit_matrix(one), matrix)
-        assert len(gram) == min(matrix.shape)
-        torch.testing.assert_close(torch.linalg.eigvalsh(gram)[-1].sqrt(), torch.linalg.matrix_norm(matrix, ord=2))
-        torch.testing.assert_close(gram.square().sum(), (matrix @ matrix.T).square().sum())
 
 
 def test_kernels_of_many_taps_are_not_multiplied_tap_by_tap(monkeypatch):
@@ -235,56 +151,15 @@ def test_kernels_of_many_taps_are_not_multiplied_tap_by_tap(monkeypatch):
     assert_brackets(found, truth, 1, found)
 
 
-@pytest.mark.parametrize("name", ["conv2d", "stride_2", "conv1d_same", "dilated", "asymmetric", "conv3d", "transposed"])
-def test_all_modes_are_nearly_the_layer_itself(name):
-    case = TABLE[name]
-    weight = torch.randn(case.weight_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    circle = circle_of(as_layer(weight, case.in_shape, **options(case)))
-    modes = largest_modes(circle, 10**6)
-    upper = modes.rest + torch.linalg.eigvalsh(modes.cut_and_weighted(circle.arcs))[-1].item()
-    truth = true_norm(weight, case) / circle.scale
-    assert truth * (1 - ROUNDING) <= upper <= 1.06 * truth + modes.rest
-    singular = torch.linalg.svdvals(symbol(circle, half_grid(circle.points))).flatten()
-    torch.testing.assert_close(modes.values[0], singular.max())
-
-
-@pytest.mark.parametrize("name", TABLE)
-def test_lanczos_finds_the_largest_singular_value(name):
-    case = TABLE[name]
-    weight = torch.randn(case.weight_shape, generator=torch.Generator().manual_seed(1))
-    truth = true_norm(weight, case)
-    found = lanczos(weight, case.in_shape, **options(case))
-    assert truth * (1 - 1e-3) <= found.value.item() <= truth * (1 + ROUNDING)
-    sharp = lanczos(weight, case.in_shape, rtol=1e-9, start=found.right, **options(case))
-    assert truth * (1 - 1e-8) <= sharp.value.item() <= truth * (1 + ROUNDING)
-    assert sharp.residual <= 1e-3
-    layer = in_precision(as_layer(weight, case.in_shape, **options(case)), torch.float64)
-    image = layer(sharp.right) * circle_of(as_layer(weight, case.in_shape, **options(case))).scale
-    torch.testing.assert_close(image, sharp.value * sharp.left, rtol=1e-6, atol=1e-6)
-
-
-def test_a_warm_start_saves_steps():
-    torch.manual_seed(0)
-    weight = torch.randn(8, 8, 3, 3)
-    layer = as_layer(weight, [12, 12], padding=1)
-    before = lanczos(layer, rtol=1e-6).right
-    changed = in_precision(replace(layer, weight=weight + 1e-4 * torch.randn_like(weight)), torch.float64)
-    cold, warm = Lanczos(changed), Lanczos(changed, before)
-    cold.run(1e-5, 100)
-    warm.run(1e-5, 100)
-    assert warm.steps < cold.steps
-    assert math.isclose(warm.ritz(), cold.ritz(), rel_tol=1e-4)
-
-
 @pytest.mark.parametrize(
     "name", ["linear", "stride_2", "grouped", "circular", "reflect", "transposed_grouped", "conv3d"]
 )
 def test_the_gradient_is_that_of_the_norm(name):
     case = TABLE[name]
     weight = torch.randn(case.weight_shape, dtype=torch.float64, requires_grad=True)
-    convnorm.l2(weight, case.in_shape, rtol=1e-8, **options(case)).lower.backward()
+    convnorm.l2(weight, case.in_shape, rtol=1e-8, **case.keywords).lower.backward()
     again = weight.detach().clone().requires_grad_()
-    layer = as_layer(again, case.in_shape, **options(case))
+    layer = as_layer(again, case.in_shape, **case.keywords)
     norms = [
         torch.linalg.matrix_norm(explicit_matrix(groups_of(layer, torch.tensor([g]))), ord=2)
         for g in range(layer.groups)
@@ -301,7 +176,7 @@ def test_the_gradient_is_there_in_forward_mode(name):
     weight, along = (torch.randn(case.weight_shape, dtype=torch.float64, generator=generator) for _ in range(2))
 
     def lower(weight):
-        return convnorm.l2(weight, case.in_shape, **options(case)).lower
+        return convnorm.l2(weight, case.in_shape, **case.keywords).lower
 
     _, tangent = torch.func.jvp(lower, (weight,), (along,))
     torch.testing.assert_close(tangent, (torch.func.grad(lower)(weight) * along).sum())
@@ -369,23 +244,6 @@ def test_the_search_leaves_random_numbers_alone():
     assert (first.lower, first.upper) == (second.lower, second.upper)
 
 
-@pytest.mark.parametrize("name", TABLE)
-def test_singular_values_are_those_of_the_explicit_matrix(name):
-    case = TABLE[name]
-    weight = torch.randn(case.weight_shape, dtype=torch.float64)
-    found = singular_values(weight, case.in_shape, **options(case))
-    expected = torch.linalg.svdvals(oracle.matrix(weight, *case.args, **case.options))
-    torch.testing.assert_close(found, expected)
-
-
-def test_whole_circles_need_no_matrix():
-    conv = nn.Conv2d(16, 16, 3, padding=1, padding_mode="circular").double()
-    assert circle_of(as_layer(conv, [64, 64])).whole
-    values = singular_values(conv, [64, 64])  # the matrix would have 65536 rows
-    assert len(values) == 65536
-    torch.testing.assert_close(values.square().sum(), conv.weight.square().sum() * 64 * 64)
-
-
 class Blind(bracket.Search):
     """A search that finds but a part of the norm, so that proofs must refuse what it asks for."""
 
@@ -408,37 +266,10 @@ def test_proofs_do_not_rest_on_the_search(request, seed, largest, monkeypatch):
     for number in count(request, 400):
         case, weight, truth, unit = layer_and_norm(seed, number)
         Blind.sight = (0.3, 0.8, 0.95, 0.999, 1 - 1e-6)[number % 5]
-        found = convnorm.l2(weight, case.in_shape, **options(case))
+        found = convnorm.l2(weight, case.in_shape, **case.keywords)
         assert_brackets(found, truth, unit, replay(seed, number, case))
         certificates.add(found.certificate)
     assert certificates >= {"circle", "explicit matrix" if largest else "modes of the circle"}
-
-
-@pytest.mark.parametrize("mode", cases.MODES)
-def test_every_circle_bounds_its_layer(seed, mode):
-    rng = np.random.default_rng((seed, cases.MODES.index(mode)))
-    for _ in range(150):
-        case = cases.random_case(rng, merging=mode != "zeros")
-        weight = torch.from_numpy(rng.standard_normal(case.weight_shape))
-        circle = circle_of(as_layer(weight, case.in_shape, **options(case)))
-        values = torch.linalg.svdvals(symbol(circle, half_grid(circle.points)))
-        truth = true_norm(weight, case)
-        assert truth * (1 - ROUNDING) <= circle.factor * circle.scale * values.max().item(), case
-
-
-@pytest.mark.parametrize("real", [2, 6, 20, 10**6])
-@pytest.mark.parametrize("small", [1.0, 1e-3])
-def test_the_rest_holds_whatever_modes_leave_out(real, small):
-    """``small`` channels make modes that stay in the rest by themselves."""
-    weight = torch.randn(3, 3, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    weight[1:] *= small
-    circle = circle_of(as_layer(weight, [5, 6], padding=1))
-    every = torch.linalg.svdvals(symbol(circle, half_grid(circle.points))).flatten().sort(descending=True).values
-    found = largest_modes(circle, real)
-    for modes in (found, found.first(max(2, len(found.values)))):
-        left_out = every[len(modes.values) :]
-        torch.testing.assert_close(modes.values, every[: len(modes.values)])
-        assert modes.rest >= (left_out.max() if len(left_out) else 0) + 1e-13 * every[0]
 
 
 def test_modes_close_brackets_that_circles_leave_open(monkeypatch):
@@ -463,18 +294,6 @@ def test_modes_are_for_zero_padding_only(monkeypatch):
     found = convnorm.l2(weight, [8, 8], padding=1, padding_mode="reflect", rtol=1e-3)
     assert found.certificate == "circle"
     assert "padding_mode 'reflect'" in found.stopped
-
-
-def test_orthonormal_polynomials_are_those_of_the_process():
-    """q_j = p_j(A) q_0, entry by entry where A is diagonal."""
-    entries = torch.linspace(0.3, 1.0, 40, dtype=torch.float64)
-    process = Lanczos(as_layer(torch.diag(entries)), generator=torch.Generator().manual_seed(0))
-    for _ in range(8):
-        process.extend()
-    vectors = torch.cat([process._basis[: process.steps], process._next[None]])
-    for i in (0, 7, 39):
-        expected = (vectors[:, i] / vectors[0, i]).square().sum().item()
-        assert math.isclose(process._christoffel(entries[i].item() ** 2), expected, rel_tol=1e-9)
 
 
 def test_a_probable_bound_is_the_largest_of_its_starts(monkeypatch):
@@ -524,20 +343,10 @@ def test_calls_from_compiled_code_give_the_same(name):
     weight = torch.randn(case.weight_shape, generator=torch.Generator().manual_seed(0))
 
     def bounds(weight):
-        found = convnorm.l2(weight, case.in_shape, **options(case))
-        return found.lower, found.upper, circle_norm(weight, case.in_shape, **options(case))
+        found = convnorm.l2(weight, case.in_shape, **case.keywords)
+        return found.lower, found.upper, circle_norm(weight, case.in_shape, **case.keywords)
 
     assert torch.compile(bounds, backend="eager")(weight) == bounds(weight)
-
-
-def test_gram_matrices_of_small_chunks_are_the_same(monkeypatch):
-    weight = torch.randn(3, 5, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    circle = circle_of(as_layer(weight, [7, 7], padding=1))
-    found = []
-    for most in (on_circle.CHUNK, 1):
-        monkeypatch.setattr(on_circle, "CHUNK", most)
-        found.append(torch.cat([part for _, part in GramSymbol(circle).at(circle_phases(circle))], 1))
-    torch.testing.assert_close(*found)
 
 
 def test_searches_go_on_where_the_norm_is_known():
@@ -625,64 +434,13 @@ def test_bad_input_is_refused_by_name(name):
         call()
 
 
-def test_a_wave_saves_most_steps():
-    layer = as_layer(torch.randn(16, 16, 3, 3, generator=torch.Generator().manual_seed(0)), [64, 64], padding=1)
-    working = in_precision(layer, torch.float32)
-    begun, alone = search(working, 1e-3, 300), Lanczos(working)
-    alone.run(1e-3, 300)
-    assert begun.steps <= alone.steps / 4
-    assert begun.ritz() >= alone.ritz() * (1 - 2e-3)
-
-
-WAVES = {
-    "1d": ((6, 4, 5), [60], {"padding": 2}),
-    "2d": ((6, 4, 3, 3), [40, 30], {"padding": 1}),
-    "one tap": ((6, 4, 1, 3), [40, 30], {}),
-    "asymmetric": ((6, 4, 3, 2), [40, 30], {"padding": (2, 0, 0, 1)}),
-    "dilated": ((6, 4, 3, 3), [60, 60], {"dilation": (2, 3), "padding": (2, 3)}),
-    "strided": ((6, 4, 3, 5), [60, 61], {"stride": (2, 3), "padding": (1, 2)}),
-    "strided, dilated": ((6, 4, 4), [120], {"stride": 3, "dilation": 2, "padding": 1}),
-    "grouped": ((12, 4, 3, 3), [40, 40], {"groups": 3, "padding": 1}),
-    "circular": ((6, 4, 3, 3), [40, 30], {"padding": 1, "padding_mode": "circular"}),
-    "strided, circular": ((6, 4, 5), [120], {"stride": 2, "padding": 2, "padding_mode": "circular"}),
-    "reflect": ((6, 4, 5), [120], {"stride": 2, "padding": 2, "padding_mode": "reflect"}),
-    "transposed": ((6, 4, 3, 3), [40, 30], {"transposed": True, "padding": 1}),
-    "strided, transposed": ((6, 4, 4), [60], {"transposed": True, "stride": 2, "padding": 1}),
-    "grouped, transposed": ((6, 4, 5), [60], {"transposed": True, "stride": 3, "groups": 2, "output_padding": 1}),
-    "3d": ((4, 3, 2, 2, 2), [24, 24, 24], {}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", WAVES)
-def test_the_first_wave_is_nearly_the_norm(name):
-    shape, in_shape, how = WAVES[name]
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
-    layer = as_layer(weight, in_shape, **how)
-    start = first_wave(layer, 1e-3)
-    of_circle = circle_norm(weight, in_shape, **how).item() / circle_of(layer).factor
-    attained = torch.linalg.vector_norm(layer(start)) / torch.linalg.vector_norm(start)
-    assert 0.97 * of_circle <= attained <= (1 + 1e-5) * of_circle
-    if "circular" in name:
-        assert attained >= 0.9999 * of_circle
-
-
-@pytest.mark.parametrize("shape", [(64, 32, 3, 3), (32, 64, 5, 5)])
-def test_waves_of_all_frequencies_are_tried(shape):
-    """Random kernels have several local maxima, within some percent of each other."""
-    for seed in range(10):
-        weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        found = search(in_precision(as_layer(weight, [32, 32]), torch.float32), 1e-3, 300).ritz() ** 0.5
-        circle = circle_of(as_layer(weight, [32, 32]))
-        assert found >= 0.985 * torch.linalg.svdvals(symbol(circle, half_grid(circle.points))).max()
-
-
 @pytest.mark.parametrize("name", ["circular", "replicate", "reflect", "conv3d_circular"])
 def test_repeated_padding_works_in_inference_mode(name):
     case = TABLE[name]
     weight = torch.randn(case.weight_shape, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        inside = convnorm.l2(weight, case.in_shape, **options(case))
-    outside = convnorm.l2(weight, case.in_shape, **options(case))
+        inside = convnorm.l2(weight, case.in_shape, **case.keywords)
+    outside = convnorm.l2(weight, case.in_shape, **case.keywords)
     assert (inside.lower, inside.upper) == (outside.lower, outside.upper)
 
 
@@ -693,7 +451,7 @@ def test_every_method_runs_where_the_weight_is(name, device):
         pytest.skip("no GPU")
     case = TABLE[name]
     weight = torch.randn(case.weight_shape, generator=torch.Generator().manual_seed(2)).to(device)
-    truth, how = true_norm(weight, case), options(case)
+    truth, how = true_norm(weight, case), case.keywords
     for found in (
         convnorm.l2(weight, case.in_shape, **how),
         convnorm.l2(weight, case.in_shape, rtol=1e-4, failure=1e-12, **how),
@@ -722,7 +480,7 @@ def test_the_default_device_changes_nothing(monkeypatch, name, largest):
 
     def found():
         torch.manual_seed(0)
-        arguments = {"in_shape": case.in_shape, **options(case)}
+        arguments = {"in_shape": case.in_shape, **case.keywords}
         both = convnorm.l2(weight, rtol=1e-4, failure=1e-12, **arguments)
         clipped = convnorm.project(weight, ord=2, bound=1.0, method="clip", **arguments)
         return both.lower, both.upper, singular_values(weight, **arguments), circle_norm(weight, **arguments), clipped
@@ -740,17 +498,6 @@ def test_what_a_layer_of_zeros_attains_is_an_input_to_start_from():
     assert convnorm.l2(conv, [4, 4], start=found.right).upper == 0
 
 
-@pytest.mark.parametrize(("n", "taps", "stride", "mode"), [(8, 1, 2, "replicate"), (4, 2, 3, "reflect")])
-def test_no_singular_value_is_lost_on_a_circle_that_is_larger_than_the_input(n, taps, stride, mode):
-    torch.manual_seed(0)
-    weight = torch.randn(3, 1, taps, dtype=torch.float64)
-    found = singular_values(weight, [n], stride=stride, padding=1, padding_mode=mode)
-    conv = nn.Conv1d(1, 3, taps, stride, 1, padding_mode=mode, bias=False, dtype=torch.float64)
-    conv.weight.data = weight
-    matrix = conv(torch.eye(n, dtype=torch.float64)[:, None]).flatten(1).T.detach()
-    torch.testing.assert_close(found, torch.linalg.svdvals(matrix))
-
-
 def test_a_warm_start_is_not_blind_to_another_group():
     torch.manual_seed(0)
     weight = torch.randn(2, 1, 3, 3)
@@ -762,22 +509,3 @@ def test_a_warm_start_is_not_blind_to_another_group():
     assert not warm.stopped
     assert warm.ratio <= 1.001
     assert math.isclose(warm.lower, cold.lower, rel_tol=1e-3)
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-def test_what_lies_in_the_best_group_is_no_worse_than_the_whole(transposed):
-    """And a bracket's input lies in one group, which alone is measured for its lower bound and its gradient."""
-    torch.manual_seed(0)
-    layer = as_layer(torch.randn(12, 3, 3, 3).double(), [6, 6], padding=1, groups=4, transposed=transposed)
-    for _ in range(20):
-        x = torch.randn(1, 12, 6, 6, dtype=torch.float64)
-        best = in_best_group(layer, x)
-        assert best.unflatten(1, (4, -1)).flatten(2).any(2).sum() == 1
-        assert layer(best).norm() / best.norm() >= layer(x).norm() / x.norm()
-    weight = layer.weight.requires_grad_()
-    found = convnorm.l2(layer, rtol=1e-6)
-    assert found.right.unflatten(1, (4, -1)).flatten(2).any(2).sum() == 1
-    (gradient,) = torch.autograd.grad(found.lower, weight)
-    (expected,) = torch.autograd.grad(layer(found.right).norm(), weight)
-    torch.testing.assert_close(gradient, expected)
-    assert in_best_group(layer, torch.zeros_like(x)).eq(0).all()

@@ -69,7 +69,7 @@ def test_a_raw_weight_maps_as_pytorch_does(seed):
         rng = np.random.default_rng((seed, number, 6))
         case = cases.random_case(rng)
         weight = cases.random_weight(rng, case.weight_shape, values="normal")
-        layer = as_layer(weight, case.in_shape, stride=case.stride, padding=case.padding, **case.options)
+        layer = as_layer(weight, case.in_shape, **case.keywords)
         x = torch.from_numpy(rng.standard_normal((2, layer.in_channels, *case.in_shape)))
         expected = oracle.forward(x, weight, case.stride, case.padding, **case.options)
         again = cases.replay(seed, number, case)

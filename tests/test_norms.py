@@ -32,10 +32,6 @@ def random_layer(seed, number, device="cpu"):
     return case, cases.random_weight(rng, case.weight_shape, dtype, values, device=device)
 
 
-def options_of(case):
-    return {"stride": case.stride, "padding": case.padding, **case.options}
-
-
 def close(got, expected, weight):
     """Relative, but for what float64 loses where merged taps cancel."""
     rtol = 1e-9 if weight.dtype == torch.float64 else 1e-5
@@ -58,7 +54,7 @@ def attained(x, y, ord):
 
 
 def attained_by_pytorch(weight, case, ord):
-    x = witness(weight, case.in_shape, ord=ord, **options_of(case))
+    x = witness(weight, case.in_shape, ord=ord, **case.keywords)
     assert (x.dtype, x.device, x.requires_grad) == (weight.dtype, weight.device, False)
     x, weight = x.double().cpu(), weight.double().cpu()
     return attained(x, oracle.forward(x, weight, case.stride, case.padding, **case.options), ord)
@@ -69,7 +65,7 @@ def test_norms_and_bounds_are_those_of_the_explicit_matrix(device, seed, numbers
         case, weight = random_layer(seed, number, device)
         again = replay(seed, number, case)
         matrix = oracle.matrix(weight, *case.args, **case.options)
-        found = norms(weight, case.in_shape, **options_of(case))
+        found = norms(weight, case.in_shape, **case.keywords)
         l1, linf = oracle.norms(matrix)
         assert close(found.l1, l1, weight), again
         assert close(found.linf, linf, weight), again
@@ -84,7 +80,7 @@ def test_frobenius_bound_is_that_of_the_paper(device, seed, numbers):
     for number in numbers[::3]:
         case, weight = random_layer(seed, number, device)
         if case.mode == "zeros":
-            found = norms(weight, case.in_shape, **options_of(case)).frobenius_bound
+            found = norms(weight, case.in_shape, **case.keywords).frobenius_bound
             outputs = math.prod(case.in_shape if case.transposed else case.geometry.out_shape)
             assert close(found, math.sqrt(outputs * weight.double().square().sum()), weight), replay(seed, number, case)
 
@@ -95,7 +91,7 @@ def test_frobenius_norm_counts_every_place_of_a_long_axis(device, seed, numbers)
         if len(case.in_shape) == 1:
             long = replace(case, in_shape=(case.in_shape[0] + number % 61,))
             matrix = oracle.matrix(weight, *long.args, **long.options)
-            found = norms(weight, long.in_shape, **options_of(long)).frobenius
+            found = norms(weight, long.in_shape, **long.keywords).frobenius
             assert close(found, matrix.norm(), weight), replay(seed, number, long)
 
 
@@ -113,7 +109,7 @@ def test_witnesses_attain_the_norms(device, seed, numbers):
         case, weight = random_layer(seed, number, device)
         if number % 8 == 0:  # past what the borders touch, where positions are counted on a shorter axis
             case = replace(case, in_shape=tuple(size + 7 + number // 8 % 13 for size in case.in_shape))
-        found = norms(weight, case.in_shape, **options_of(case))
+        found = norms(weight, case.in_shape, **case.keywords)
         for ord, norm in ((1, found.l1), (inf, found.linf)):
             assert close(attained_by_pytorch(weight, case, ord), norm, weight), (
                 f"ord {ord}. {replay(seed, number, case)}"
@@ -136,7 +132,7 @@ def test_witnesses_of_huge_inputs_attain_the_norms(device, name):
     for number, size in enumerate((99_999, 100_000, 100_001, 100_002)):
         case = cases.Case(shape, stride, padding, (size,), options)
         weight = cases.random_weight(np.random.default_rng(number), shape, values="normal", device=device)
-        found = norms(weight, case.in_shape, **options_of(case))
+        found = norms(weight, case.in_shape, **case.keywords)
         for ord, norm in ((1, found.l1), (inf, found.linf)):
             assert close(attained_by_pytorch(weight, case, ord), norm, weight)
 
@@ -145,7 +141,7 @@ def test_witness_knows_the_sign_of_what_almost_cancels(device):
     """The taps merge to 1 and -1, which their sum in float32 has lost."""
     weight = torch.tensor([[[1e8, 1, -1e8], [1e8, -1, -1e8]]], device=device)
     case = cases.Case((1, 2, 3), (1,), (1,), (1,), {"padding_mode": "replicate"})
-    assert norms(weight, case.in_shape, **options_of(case)).linf == 2
+    assert norms(weight, case.in_shape, **case.keywords).linf == 2
     assert attained_by_pytorch(weight, case, inf) == 2
 
 
@@ -153,11 +149,11 @@ def test_sparse_and_dense_subgradients_are_the_gradient(device, seed, numbers):
     for number in numbers[::5]:
         case, weight = random_layer(seed, number, device)
         again, leaf = replay(seed, number, case), weight.detach().requires_grad_()
-        found = norms(leaf, case.in_shape, **options_of(case))
+        found = norms(leaf, case.in_shape, **case.keywords)
         for ord, norm in ((1, found.l1), (inf, found.linf)):
             (gradient,) = torch.autograd.grad(norm, leaf, retain_graph=True)
-            dense = subgradient(weight, case.in_shape, ord=ord, layout="dense", **options_of(case))
-            sparse = subgradient(weight, case.in_shape, ord=ord, **options_of(case))
+            dense = subgradient(weight, case.in_shape, ord=ord, layout="dense", **case.keywords)
+            sparse = subgradient(weight, case.in_shape, ord=ord, **case.keywords)
             assert sparse.layout == torch.sparse_coo, again
             assert sparse.is_coalesced(), again
             assert (sparse.shape, sparse.dtype, sparse.device) == (weight.shape, weight.dtype, weight.device), again
@@ -173,11 +169,11 @@ def test_sparse_and_dense_subgradients_are_the_gradient(device, seed, numbers):
 def test_the_default_device_changes_no_subgradient(device):
     case = TABLE["stride_2"]
     weight = torch.randn(case.weight_shape, device=device)
-    expected = subgradient(weight, case.in_shape, **options_of(case))
+    expected = subgradient(weight, case.in_shape, **case.keywords)
     _window_table.cache_clear()
     with torch.device("meta"):
         for layout in ("sparse", "dense"):
-            g = subgradient(weight, case.in_shape, layout=layout, **options_of(case))
+            g = subgradient(weight, case.in_shape, layout=layout, **case.keywords)
             assert torch.equal(g.to_dense(), expected.to_dense())
 
 
@@ -185,7 +181,7 @@ def test_a_subgradient_of_fake_tensors_is_fake(device):
     case = TABLE["stride_2"]
     with FakeTensorMode():
         weight = torch.randn(case.weight_shape, device=device)
-        g = subgradient(weight, case.in_shape, layout="dense", **options_of(case))
+        g = subgradient(weight, case.in_shape, layout="dense", **case.keywords)
     assert (g.shape, g.dtype, g.device) == (weight.shape, weight.dtype, weight.device)
 
 
@@ -246,7 +242,7 @@ def test_norms_are_differentiable_in_weight_and_scale(device, name):
     scale = cases.random_values(rng, (channels,), torch.float64, "normal").to(device).requires_grad_()
 
     def values(weight, scale):
-        found = norms(weight, case.in_shape, scale=scale, **options_of(case))
+        found = norms(weight, case.in_shape, scale=scale, **case.keywords)
         return tuple(getattr(found, name) for name in ("l1", "linf", *BOUNDS))
 
     assert torch.autograd.gradcheck(values, (weight, scale))

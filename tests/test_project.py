@@ -31,8 +31,7 @@ def channel_norms(weight, case, ord):
 
 
 def project_case(weight, case, ord, bound):
-    stride, padding, in_shape = case.args
-    return project(weight, in_shape, ord=ord, bound=bound, stride=stride, padding=padding, **case.options)
+    return project(weight, case.in_shape, ord=ord, bound=bound, **case.keywords)
 
 
 def random_layer(seed, number, ord, dtype=torch.float64, values=None, layout="contiguous"):

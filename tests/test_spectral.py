@@ -37,8 +37,7 @@ DIFFERENCE = torch.tensor([[[1.0, 0.0, -1.0]]])
 
 
 def call(method, case, weight, **settings):
-    stride, padding, in_shape = case.args
-    found = method(weight, in_shape, stride=stride, padding=padding, **settings, **case.options)
+    found = method(weight, case.in_shape, **settings, **case.keywords)
     return found.value if method is power_iteration else found
 
 
@@ -279,7 +278,7 @@ def test_circle_norm_is_the_norm_where_the_layer_uses_the_circle_whole(seed):
     for _ in range(200):
         case = random_case(rng, merging=True)
         weight = random_values(rng, case.weight_shape, torch.float64, "normal")
-        if circle_of(as_layer(weight, case.in_shape, stride=case.stride, padding=case.padding, **case.options)).whole:
+        if circle_of(as_layer(weight, case.in_shape, **case.keywords)).whole:
             assert call(circle_norm, case, weight).item() == pytest.approx(float(true_norm(case, weight)), rel=1e-11)
             seen += 1
     assert seen >= 10
@@ -349,7 +348,7 @@ def test_power_iteration_is_that_of_the_explicit_matrix(name):
 def test_power_iteration_finds_the_singular_vectors(name):
     case, rng = TABLE[name], np.random.default_rng(9)
     weight = random_values(rng, case.weight_shape, torch.float64, "normal")
-    layer = as_layer(weight, case.in_shape, stride=case.stride, padding=case.padding, **case.options)
+    layer = as_layer(weight, case.in_shape, **case.keywords)
     torch.manual_seed(0)
     found, norm = power_iteration(layer, iterations=2000, restarts=2), float(true_norm(case, weight))
     assert found.value.item() == pytest.approx(norm, rel=1e-6)
