@@ -1,7 +1,6 @@
 """The promise: norm decay of compiled models, and norm decay compiled, is norm decay: the same bits, compiled once."""
 
 import sys
-import warnings
 
 import pytest
 import torch
@@ -11,14 +10,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import convnorm
 
 BIT_FOR_BIT = {"rtol": 0, "atol": 0}
+pytestmark = pytest.mark.filterwarnings("error:convnorm")  # norm decay leaves nothing out that a test does not name
 
 
 @pytest.fixture(autouse=True)
 def forget_compiled_code():
     torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="convnorm")
-        yield
+    yield
     torch._dynamo.reset()
 
 
