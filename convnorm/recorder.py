@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import library
+from .batch import plan_of
 from .layers import current_weight
-from .reporting.measure import columns
 from .reporting.optional import optional
 from .sharded import refuse_sharded
 from .uses import Held, inputs_of, labels_of, observe, unwrapped
@@ -63,7 +64,7 @@ class Recorder:
         refuse_sharded(model, WHOLE)
         model = unwrapped(model)
         self._uses = observe(model, *inputs_of(example))
-        self._model, self._held, self._known = model, Held(model, self._uses), self._weights()
+        self._model, self._held = model, Held(model, self._uses)
         if not self._uses:
             raise ValueError(f"convnorm: model {type(model).__name__} uses no convolutional or fully connected layer")
         labels = labels_of(
@@ -71,8 +72,7 @@ class Recorder:
             lambda use: f"@{'x'.join(map(str, use.in_shape))}",
             lambda use: f"-{'x'.join(map(str, use.out_shape))}",
         )
-        with torch.no_grad():
-            self._columns = columns([use.layer for use in self._uses])
+        self._bind()
         self._every, self._flush_every = every, flush_every
         self._pending: list[tuple[int, list[Tensor]]] = []
         self._batches: dict[tuple, list[int]] = {}
@@ -82,15 +82,19 @@ class Recorder:
     def _weights(self) -> list[Tensor | None]:
         return [use.module._parameters.get("weight") for use in self._uses]
 
+    @torch.no_grad()
+    def _bind(self) -> None:
+        self._known = self._weights()
+        self._plans = [plan_of(use).text for use in self._uses]
+
     def step(self) -> None:
         """Measure the weights as they are now. After ``optimizer.step()``."""
         number, self._next = self._next, self._next + 1
         if number % self._every:
             return
-        weights = self._weights()
-        if any(now is not then for now, then in zip(weights, self._known, strict=True)):  # replaced, or sharded
+        if any(now is not then for now, then in zip(self._weights(), self._known, strict=True)):  # replaced, or sharded
             refuse_sharded(self._model, WHOLE)
-            self._known = weights
+            self._bind()
         self._held.warn_of_gone("Recorder")
         values = self._measure()  # may flush what is pending
         self._pending.append((number, values))
@@ -110,8 +114,8 @@ class Recorder:
         self._members = [i for own in batches.values() for i in own]
         found = []
         for own in batches.values():
-            arguments = {name: [column[i] for i in own] for name, column in self._columns.items()}
-            found.append(torch.stack(torch.ops.convnorm.norms_many([weights[i] for i in own], **arguments)))
+            l1s, linfs, _ = library.read([weights[i] for i in own], "".join(self._plans[i] for i in own))
+            found.append(torch.stack([l1s, linfs]))
         return found
 
     def flush(self) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from .. import library
 from ..geometry import GeometryError
 from ..layers import Layer
 from ..norms import norms, scaled
@@ -22,7 +23,6 @@ from .calls import Found
 from .row import Measured, Row, row_of
 
 Progress = Callable[[int, int, str], None]
-COLUMNS = ("stride", "padding", "in_shape", "dilation", "groups", "padding_mode", "transposed", "output_padding")
 
 
 @torch.no_grad()
@@ -67,17 +67,9 @@ def all_norms(layers: Sequence[Layer]) -> list[tuple[float, float]]:
     found = {}
     for members in batches.values():
         own = [layers[i] for i in members]
-        values = torch.ops.convnorm.norms_many([layer.weight for layer in own], **columns(own))
-        found |= zip(members, zip(*(value.tolist() for value in values), strict=True), strict=True)
+        l1s, linfs, _ = library.read([layer.weight for layer in own], "".join(layer.plan.text for layer in own))
+        found |= zip(members, zip(l1s.tolist(), linfs.tolist(), strict=True), strict=True)
     return [found[i] for i in range(len(layers))]
-
-
-def columns(layers: Sequence[Layer]) -> dict[str, list]:
-    """The arguments of ``norms_many`` beside the weights."""
-    return {
-        name: [list(value) if isinstance(value := getattr(layer, name), tuple) else value for layer in layers]
-        for name in COLUMNS
-    }
 
 
 def folded_norms(found: Found) -> Measured:
