@@ -160,7 +160,7 @@ _MEASURE, _DECAY = (
 
 def read(weights: Sequence[Tensor], plan: str) -> tuple[Tensor, Tensor, Tensor]:
     """Read the weights once: their norms and the winners, by the backend that serves their device. No gradients."""
-    return _MEASURE[backend_for(_device_of(weights))](weights, plan)
+    return _MEASURE[backend_for(device_of(weights))](weights, plan)
 
 
 def decay(
@@ -178,7 +178,8 @@ def decay(
     serve(weights, grads, *state.tensors(), rates, momentum, plan, linf, measured)
 
 
-def _device_of(weights: Sequence[Tensor]) -> torch.device:
+def device_of(weights: Sequence[Tensor]) -> torch.device:
+    """Of all of them; refuses what no backend reads."""
     device = weights[0].device
     for weight in weights:
         if weight.dtype not in DTYPES or weight.layout is not torch.strided:
