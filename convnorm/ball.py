@@ -270,11 +270,14 @@ def _by_pressures(x0: Tensor, bound: Tensor, ball: Ball) -> tuple[Tensor, Face, 
 
 def _by_interior_points(x0: Tensor, bound: Tensor, ball: Ball) -> tuple[Tensor, Face]:
     """The face, and the better of two points: that of the method, or the one on the face, exact where the face is."""
-    counted = ball.counted if ball.merged is None else slice(None)  # a tap in no window stays as it is
-    counts = ball.counts[:, counted] if ball.merged is None else ball.counts
-    found, face = x0.clone(), Face(torch.zeros_like(ball.merge(x0), dtype=torch.int8), bound.new_zeros(()))
-    found[:, :, counted], signs, active = InteriorPoint(x0[:, :, counted], bound, ball.merged, counts).solve()
-    face = Face(face.signs.index_copy(2, counted.nonzero().squeeze(1), signs) if ball.merged is None else signs, active)
+    if ball.merged is None:  # a tap in no window stays as it is
+        taps = ball.counted.nonzero().squeeze(1)
+        inner, inner_signs, active = InteriorPoint(x0[:, :, taps], bound, None, ball.counts[:, taps]).solve()
+        found = x0.index_copy(2, taps, inner)
+        signs = torch.zeros_like(x0, dtype=torch.int8).index_copy(2, taps, inner_signs)
+    else:
+        found, signs, active = InteriorPoint(x0, bound, ball.merged, ball.counts).solve()
+    face = Face(signs, active)
     inside, on = (
         _scale_into(point, bound, ball) for point in (found, on_face(x0, bound, face, ball.counts, ball.merged))
     )
