@@ -98,11 +98,11 @@ class Projection:
             if weight is None:
                 raise GeometryError(f"convnorm: weight of layer {name!r} is computed from others: nothing to write to")
             by_weight.setdefault(id(weight), []).append(use)
-        self._bounded: list[_BoundedWeight] | list[_BoundedNorm]
+        self._kept: list[_KeptChannels] | list[_KeptNorm]
         if self._ord == 2:
-            self._bounded = [_BoundedNorm.of(shared, self._method, self._bounds) for shared in by_weight.values()]
+            self._kept = [_KeptNorm.of(shared, self._method, self._bounds) for shared in by_weight.values()]
         else:
-            self._bounded = [_BoundedWeight.of(shared, self._ord, self._bounds) for shared in by_weight.values()]
+            self._kept = [_KeptChannels.of(shared, self._ord, self._bounds) for shared in by_weight.values()]
 
     @torch.no_grad()
     def step(self) -> None:
@@ -111,8 +111,8 @@ class Projection:
         if any(now is not then for now, then in zip(self._weights(), self._known, strict=True)):  # replaced, or sharded
             refuse_sharded(self._model, WHOLE)
             self._bind()
-        by_device: dict[torch.device, list[_BoundedWeight | _BoundedNorm]] = {}
-        for one in self._bounded:
+        by_device: dict[torch.device, list[_KeptChannels | _KeptNorm]] = {}
+        for one in self._kept:
             by_device.setdefault(one.module.weight.device, []).append(one)
         for bounded in by_device.values():
             weights = [weight for one in bounded for weight in [one.moved()] * one.uses]
@@ -122,7 +122,7 @@ class Projection:
             values = read.tolist()
             for one in bounded:
                 norm = max(values.pop(0) for _ in range(one.uses))
-                if not norm <= one.least * (1 - READ_ERROR):  # NaN is not
+                if not norm <= one.allowed * (1 - READ_ERROR):  # NaN is not
                     one.project()
 
     def attach(self, optimizer: torch.optim.Optimizer) -> torch.utils.hooks.RemovableHandle:
@@ -131,7 +131,7 @@ class Projection:
 
 
 @dataclass(eq=False)
-class _BoundedWeight:
+class _KeptChannels:
     """A weight of a model, and what bounds it."""
 
     name: str
@@ -139,7 +139,7 @@ class _BoundedWeight:
     uses: int
     constraint: Constraint
     bounds: Tensor
-    least: float
+    allowed: float  # a larger norm takes a projection
 
     @property
     def plan(self) -> str:
@@ -149,7 +149,7 @@ class _BoundedWeight:
         return self.module.weight
 
     @classmethod
-    def of(cls, uses: Sequence[Use], ord: float, bounds: Mapping[str, float | Tensor]) -> _BoundedWeight:
+    def of(cls, uses: Sequence[Use], ord: float, bounds: Mapping[str, float | Tensor]) -> _KeptChannels:
         first, *others = uses
         weight = first.module.weight
         with naming(first.name):
@@ -176,7 +176,7 @@ class _BoundedWeight:
 
 
 @dataclass(eq=False)
-class _BoundedNorm:
+class _KeptNorm:
     """A weight of a model, the l2 norm that it may have, and what is proved already: that of ``at``, at first of 0."""
 
     name: str
@@ -188,7 +188,7 @@ class _BoundedNorm:
     at: Tensor | None = None
 
     @classmethod
-    def of(cls, uses: Sequence[Use], method: str, bounds: Mapping[str, float | Tensor]) -> _BoundedNorm:
+    def of(cls, uses: Sequence[Use], method: str, bounds: Mapping[str, float | Tensor]) -> _KeptNorm:
         first, own = uses[0], []
         for use in uses:
             with naming(use.name):
@@ -209,7 +209,7 @@ class _BoundedNorm:
         return "".join(layer.plan.text for layer in self.layers)
 
     @property
-    def least(self) -> float:
+    def allowed(self) -> float:
         """How far the weight may have moved, so that it is within the bound without another proof."""
         return self.bound - self.proved.upper
 
