@@ -202,7 +202,7 @@ def _norms(weights: list[Tensor], plan: str, wanted: Sequence[int] = (L1, LINF))
     if not (transformed() or (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights))):
         return tuple(values)
     places = [
-        Attained(number, layer, winner, (i == L1) != layer.transposed)
+        Attained(number, layer, winner, layer.over_columns(i == LINF))
         for i in wanted
         for number, (layer, winner) in enumerate(zip(read_plan(plan), winners[:, i].unbind(), strict=True))
     ]

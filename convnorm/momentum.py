@@ -48,7 +48,7 @@ def no_momentum(weights: Sequence[Tensor], plan: str, linf: bool, momentum: floa
     layers, device = read_plan(plan), weights[0].device
     terms = count_terms(momentum, result_dtype(weights))
     length = sum(slice_lengths(weights, layers, linf))
-    fits = all(largest_count(layer, linf == layer.transposed) < 128 for layer in layers)
+    fits = all(largest_count(layer, layer.over_columns(linf)) < 128 for layer in layers)
     return Momentum(
         norms=torch.zeros(len(weights), dtype=result_dtype(weights), device=device),
         winners=torch.zeros(len(weights), 2, dtype=torch.int64, device=device),
@@ -70,7 +70,7 @@ def count_terms(momentum: float, dtype: torch.dtype = torch.float32) -> int:
 def slice_lengths(weights: Sequence[Tensor], layers: Sequence[LayerPlan], linf: bool) -> list[int]:
     """Elements of a slice of each layer: [rows, *taps] of a column, or [columns, *taps] of a row."""
     return [
-        math.prod(_slice_shape(weight, layer, linf == layer.transposed))
+        math.prod(_slice_shape(weight, layer, layer.over_columns(linf)))
         for weight, layer in zip(weights, layers, strict=True)
     ]
 
@@ -78,7 +78,7 @@ def slice_lengths(weights: Sequence[Tensor], layers: Sequence[LayerPlan], linf: 
 def slice_counts(weights: Sequence[Tensor], layers: Sequence[LayerPlan], linf: bool) -> list[int]:
     """Channels of each layer, of which one wins: columns, or rows, of all groups."""
     shapes = [as_matrix(weight, layer).shape for weight, layer in zip(weights, layers, strict=True)]
-    return [shape[0] * shape[2 if linf == layer.transposed else 1] for shape, layer in zip(shapes, layers, strict=True)]
+    return [shape[0] * shape[2 if layer.over_columns(linf) else 1] for shape, layer in zip(shapes, layers, strict=True)]
 
 
 def _slice_shape(weight: Tensor, layer: LayerPlan, column: bool) -> list[int]:
@@ -124,7 +124,7 @@ def decay_reference(
     slot = clock % len(signs)
     channels.index_copy_(0, slot, winners[None, :, 0])
     for i, ring in enumerate(signs.split(slice_lengths(weights, layers, linf), 1)):
-        column = linf == layers[i].transposed
+        column = layers[i].over_columns(linf)
         write_term(weights[i], layers[i], column, winners[i], ring, slot)
         if grads[i].numel():
             add_terms(grads[i], layers[i], column, ring, channels[:, i], slot, rates[i], momentum)

@@ -164,7 +164,8 @@ def _winner(layer: Layer, ord: float) -> tuple[Tensor, bool]:
     if ord not in (1, math.inf):
         raise ValueError(f"convnorm: ord {ord!r} must be 1 or inf")
     winners = library.read([layer.weight.detach()], layer.plan.text)[2]
-    return winners[0, 0 if ord == 1 else 1], (ord == 1) != layer.transposed
+    linf = ord == math.inf
+    return winners[0, int(linf)], layer.plan.over_columns(linf)
 
 
 def _with_values(layer: Layer) -> Layer:

@@ -39,6 +39,10 @@ class LayerPlan:
     transposed: bool
     axes: tuple[AxisPlan, ...]
 
+    def over_columns(self, linf: bool) -> bool:
+        """Whether the l1, or linf, norm is one over the columns of the weight as a matrix, or over its rows."""
+        return linf == self.transposed
+
     def sees_all(self, column: bool) -> bool:
         """Whether there is one window only, which counts every tap once."""
         return all((axis.inputs if column else axis.outputs) == axis.all_once for axis in self.axes)

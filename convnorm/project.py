@@ -49,7 +49,7 @@ def constraint_of(layers: Sequence[Layer], ord: float) -> Constraint:
     weight = layers[0].weight
     check_weight(weight)
     plan = "".join(layer.plan.text for layer in layers)
-    column = (ord == 1) != layers[0].transposed
+    column = layers[0].plan.over_columns(ord == math.inf)
     tables = tables_of(plan, column)
     channels = layers[0].in_channels if ord == 1 else layers[0].out_channels
     return Constraint(plan, column, layers[0].groups, channels, tables.merged is not None, tables.disjoint is not None)

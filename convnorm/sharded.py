@@ -135,7 +135,7 @@ class Sharded(Batch):
         end = min(begin + size, count)
         if self._own([weight])[0].shape[0] != end - begin:
             raise RuntimeError(f"convnorm: the weight of layer {use.name!r} is not cut as torch.chunk would cut it")
-        return Part(layer, count // layer.groups, weight.shape[1], begin, end, self.linf == layer.transposed)
+        return Part(layer, count // layer.groups, weight.shape[1], begin, end, layer.over_columns(self.linf))
 
     def rows(self, i: int) -> list[int]:
         return [self._parts[i].begin, self._parts[i].end, self.weights[i].shape[0]]

@@ -82,7 +82,7 @@ def decay_schedules(device: torch.device, plan: str, pairs: tuple[Pair, ...], li
         alike = launches.setdefault((pair.turn, pair.dtypes), [])
         if not alike or len(alike[-1].layers) == LAYERS:
             alike.append(Slices())
-        begin += alike[-1].add(i, begin, layer, pair, column=linf == layer.transposed)
+        begin += alike[-1].add(i, begin, layer, pair, column=layer.over_columns(linf))
     in_turn = sorted(launches.items(), key=lambda launch: launch[0][0])
     made = [partial(slices.schedule, dtypes, device) for (_, dtypes), alike in in_turn for slices in alike]
     return kept(device, lambda: tuple(make() for make in made))
