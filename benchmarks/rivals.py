@@ -52,7 +52,7 @@ def sedghi_gupta_long(layer: Layer) -> Tensor:
     >>> sedghi_gupta_long(as_layer(torch.tensor([[[1.0, 0.0, -1.0]]]), [6], padding=1))
     tensor(1.7321)
     """
-    _refuse_what_the_paper_lacks(layer)
+    _refuse_strides_and_groups(layer)
     axes = tuple(range(2, layer.weight.dim()))
     transform = torch.fft.fftn(layer.weight, layer.in_shape, axes)
     return torch.linalg.svdvals(transform.flatten(2).permute(2, 0, 1)).max()
@@ -60,11 +60,11 @@ def sedghi_gupta_long(layer: Layer) -> Tensor:
 
 def one_row_of_frequencies(layer: Layer) -> Tensor:
     """The same for those frequencies whose first is 0: those of the kernel summed over its first axis."""
-    _refuse_what_the_paper_lacks(layer)
+    _refuse_strides_and_groups(layer)
     summed = as_layer(layer.weight.sum(2), layer.in_shape[1:], padding=layer.padding[1:])
     return sedghi_gupta_long(summed)
 
 
-def _refuse_what_the_paper_lacks(layer: Layer) -> None:
+def _refuse_strides_and_groups(layer: Layer) -> None:
     if layer.transposed or layer.groups > 1 or {*layer.stride, *layer.dilation} != {1}:
         raise GeometryError("convnorm: layer is none of stride 1 without groups and dilation, as this method needs")

@@ -14,7 +14,7 @@ from torch import nn
 
 import convnorm
 from convnorm.layers import as_layer
-from convnorm.spectral import explicit, lanczos, on_circle, singular_values
+from convnorm.spectral import circle_norm, explicit, lanczos, on_circle, singular_values
 from convnorm.spectral.circle import circle_of, groups_of, half_grid, symbol
 from convnorm.spectral.definite import is_below, largest_eigenvalue
 from convnorm.spectral.explicit import explicit_matrix, gram_matrices
