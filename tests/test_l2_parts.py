@@ -111,7 +111,6 @@ WAVES = {
     "grouped": ((12, 4, 3, 3), [40, 40], {"groups": 3, "padding": 1}),
     "circular": ((6, 4, 3, 3), [40, 30], {"padding": 1, "padding_mode": "circular"}),
     "strided, circular": ((6, 4, 5), [120], {"stride": 2, "padding": 2, "padding_mode": "circular"}),
-    "reflect": ((6, 4, 5), [120], {"stride": 2, "padding": 2, "padding_mode": "reflect"}),
     "transposed": ((6, 4, 3, 3), [40, 30], {"transposed": True, "padding": 1}),
     "strided, transposed": ((6, 4, 4), [60], {"transposed": True, "stride": 2, "padding": 1}),
     "grouped, transposed": ((6, 4, 5), [60], {"transposed": True, "stride": 3, "groups": 2, "output_padding": 1}),
@@ -125,7 +124,7 @@ def test_the_first_wave_is_nearly_the_norm(name):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     layer = as_layer(weight, in_shape, **how)
     start = first_wave(layer, 1e-3)
-    of_circle = circle_norm(weight, in_shape, **how).item() / circle_of(layer).factor
+    of_circle = circle_norm(weight, in_shape, **how).item()
     attained = torch.linalg.vector_norm(layer(start)) / torch.linalg.vector_norm(start)
     assert 0.97 * of_circle <= attained <= (1 + 1e-5) * of_circle
     if "circular" in name:

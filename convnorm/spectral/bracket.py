@@ -30,6 +30,7 @@ EIGENVECTORS = 55.0  # what those of a matrix cost, in factorisations of a real 
 MOST_WORK = 1e12  # that modes may cost, in cubes of sizes that are factorised
 NARROW = 1.06  # how far above the norm a circle may be for its modes to close the bracket
 MOST_STEPS = 1000
+LOOK_BACK = 2  # steps: where a search is given up too soon, the proof shows it
 LOOK_EVERY = 2  # steps of the probable bound
 
 
@@ -116,7 +117,7 @@ class Search:
         self.begin(start)
 
     def begin(self, start: Tensor | None) -> None:
-        self.process = search(self._rough, self.rtol / 5, MOST_STEPS, start)
+        self.process = search(self._rough, self.rtol / 5, MOST_STEPS, start, LOOK_BACK)
         self.keep(self.process.right())
 
     def begin_with(self, circle: Circle, wave: Wave) -> None:

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from ..layers import Layer
 from .admit import admitted, admitted_start, at_least_one
 from .circle import with_read_taps
-from .krylov import Lanczos, in_precision
+from .krylov import LOOK_BACK, Lanczos, in_precision
 from .rayleigh import Singular, in_best_group, rayleigh
 from .wave import first_wave
 
 NOISE = 0.1  # keeps the start from being blind to other waves, and to other groups
-NEAR = 2  # steps to look back, from a start that is near the end
 
 
 def lanczos(
@@ -44,20 +43,18 @@ def lanczos(
     return rayleigh(one, in_best_group(rough, search(rough, rtol, steps, start).right()))
 
 
-def search(layer: Layer, rtol: float, steps: int, start: Tensor | None = None) -> Lanczos:
-    """Lanczos to about ``rtol``, from ``start``, or from the layer's largest wave."""
+def search(layer: Layer, rtol: float, steps: int, start: Tensor | None = None, look_back: int = LOOK_BACK) -> Lanczos:
+    """Lanczos to about ``rtol``, from ``start``, or from the layer's largest wave: then so few steps to ``look_back``."""
     with torch.autocast(layer.weight.device.type, enabled=False):
         wave = first_wave(layer, rtol) if start is None else None
-    if wave is not None:
-        process = Lanczos(layer, noisy(wave))
-        process.run(rtol, steps, NEAR)
-    else:
-        process = Lanczos(layer, None if start is None else noisy(start.to(layer.weight)))
-        process.run(rtol, steps)
+    process = Lanczos(layer, noisy(wave if start is None else start.to(layer.weight)))
+    process.run(rtol, steps, LOOK_BACK if wave is None else look_back)
     return process
 
 
-def noisy(start: Tensor) -> Tensor:
+def noisy(start: Tensor | None) -> Tensor | None:
+    if start is None:
+        return None
     generator = torch.Generator(start.device).manual_seed(1)
     noise = torch.randn(start.shape, dtype=start.dtype, device=start.device, generator=generator)
     return _unit(start) + NOISE * _unit(noise)

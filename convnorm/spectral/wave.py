@@ -44,12 +44,14 @@ class Wave:
 
 
 def first_wave(layer: Layer, rtol: float) -> Tensor | None:
-    """[1, channels, *in_shape]: the layer's wave; none where it costs as much as the search that it would begin."""
+    """[1, channels, *in_shape]: the layer's wave; none where it costs as much as the search that it would begin, or
+    where inputs that the padding repeats may be passed on more.
+    """
     circle = circle_of(layer)
     tried = half_grid([_tried(k) for k in circle.kernel.shape[3:]])
     through_taps = len(tried) * circle.kernel[:, :, 0].numel() * torch.complex64.itemsize
     cost = 2 * len(tried) * (1 + LOOKING / circle.kernel.shape[2])
-    if cost >= math.prod(circle.points) or through_taps > MEMORY:
+    if cost >= math.prod(circle.points) or through_taps > MEMORY or circle.factor > 1:
         return None
     wave = largest_wave(circle, tried, ROUGH_ROUND if rtol > ROUGH else ROUND)
     return over_inputs(layer, circle, wave, rtol)
