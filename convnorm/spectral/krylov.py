@@ -25,7 +25,7 @@ from ..layers import Layer
 from .rayleigh import without_scale
 
 MEMORY = 1 << 30  # bytes of vectors
-LOOK_BACK = 4  # steps: a few of them may add little
+LOOK_BACK = 5  # steps: a few of them may add little
 ORDER = 3  # the error is taken to fall as this power of the steps: it is then steps / ORDER times what a step adds
 STARTS = 2  # of the probable bound, which fails only if all of them do: each may fail too often for rounding to matter
 ROUNDING = 1e-12  # of a vector's component, over a whole process in float64

@@ -44,7 +44,7 @@ def lanczos(
 
 
 def search(layer: Layer, rtol: float, steps: int, start: Tensor | None = None, look_back: int = LOOK_BACK) -> Lanczos:
-    """Lanczos to about ``rtol``, from ``start``, or from the layer's largest wave: then so few steps to ``look_back``."""
+    """Lanczos to about ``rtol``, from ``start``, or from the layer's largest wave, which needs less ``look_back``."""
     with torch.autocast(layer.weight.device.type, enabled=False):
         wave = first_wave(layer, rtol) if start is None else None
     process = Lanczos(layer, noisy(wave if start is None else start.to(layer.weight)))
