@@ -20,6 +20,7 @@ with ``K'`` the kernel summed over merged taps. Every backend receives the windo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -124,6 +125,8 @@ def axis_windows(
     [(0, 1, 1), (1, 1, 0)]
     """
     outputs = m if m >= 0 else out_size(n, taps, stride, before, after, dilation)
+    if mode == "zeros":
+        return _zero_padded(n, taps, stride, before, dilation, outputs)
     reads = fold(np.add.outer(np.arange(outputs) * stride - before, np.arange(taps) * dilation), n, mode)
     merged, ids = _merge_taps(reads)
     o, t = np.nonzero(ids >= 0)
@@ -133,6 +136,51 @@ def axis_windows(
     np.add.at(seen_by_output, (o, ids[o, t]), 1)
     entries = tuple(seen_by_output.sum(0).tolist())
     return Axis(taps, merged, _undominated(seen_by_input), _undominated(seen_by_output), entries, outputs)
+
+
+def _zero_padded(n: int, taps: int, stride: int, before: int, dilation: int, outputs: int) -> Axis:
+    """Without a table, which long kernels make large: nothing merges, and a window is a range of taps.
+
+    Output ``(x + before - t * dilation) / stride`` reads input ``x`` through tap ``t``, where there is such a one.
+    """
+    tap, step = np.arange(taps) * dilation - before, stride // math.gcd(stride, dilation)
+    every, reach = np.arange(outputs) * stride - before, (outputs - 1) * stride
+    of_outputs = _ranges(np.arange(outputs), -(every // dilation), (n - 1 - every) // dilation, range(taps))
+    of_inputs = []
+    for own in range(min(step, taps)):
+        x = np.arange(-(before - own * dilation) % stride, n, stride)
+        first, last = -((reach - before - x) // dilation), (x + before) // dilation
+        of_inputs += _ranges(x, first, last, range(own, taps, step))
+    entries = np.minimum((n - 1 - tap) // stride, outputs - 1) - np.maximum(-(tap // stride), 0) + 1
+    return Axis(
+        taps,
+        tuple((t,) for t in range(taps)),
+        _in_order(of_inputs or [(0, (0,) * taps)], n),
+        _in_order(of_outputs or [(0, (0,) * taps)], outputs),
+        tuple(entries.clip(0).tolist()),
+        outputs,
+    )
+
+
+def _ranges(places: np.ndarray, low: np.ndarray, high: np.ndarray, taps: range) -> list[tuple[int, tuple[int, ...]]]:
+    """Which of ``taps`` from ``low`` to ``high`` each place sees: the first places of those counts that no other has.
+
+    As both ends move one way, only neighbours may dominate.
+    """
+    first = np.maximum(-((taps.start - low) // taps.step), 0)  # in steps, from the first of the taps
+    last = np.minimum((high - taps.start) // taps.step, len(taps) - 1)
+    ends = np.stack([places, first, last], 1)[first <= last]
+    new = np.ones(len(ends), bool)
+    new[1:] = (ends[1:, 1:] != ends[:-1, 1:]).any(1)
+    ends = ends[new]
+    first, last = ends[:, 1], ends[:, 2]
+    kept = np.ones(len(ends), bool)
+    kept[1:] &= (first[1:] < first[:-1]) | (last[1:] > last[:-1])
+    kept[:-1] &= (first[:-1] < first[1:]) | (last[:-1] > last[1:])
+    counts = np.zeros((int(kept.sum()), taps.stop), np.int64)
+    for row, (_, one, other) in zip(counts, ends[kept].tolist(), strict=True):
+        row[taps.start :: taps.step][one : other + 1] = 1
+    return list(zip(ends[kept, 0].tolist(), map(tuple, counts.tolist()), strict=True))
 
 
 def out_size(n: int, taps: int, stride: int, before: int, after: int, dilation: int) -> int:
@@ -155,13 +203,22 @@ def _merge_taps(reads: np.ndarray) -> tuple[tuple[tuple[int, ...], ...], np.ndar
 
 def _undominated(rows: np.ndarray) -> tuple[Window, ...]:
     """The distinct rows less those dominated entry by entry by another, in the order of their first place."""
-    distinct, first = np.unique(rows, axis=0, return_index=True)
+    first: dict[bytes, int] = {}
+    for x, row in enumerate(rows):
+        first.setdefault(row.tobytes(), x)
+    places = list(first.values())
+    distinct = rows[places]
     kept: list[int] = []
     for i in np.argsort(-distinct.sum(1), kind="stable"):  # whatever dominates a row has a larger sum
-        if not (distinct[kept] >= distinct[i]).all(1).any():
+        seen = distinct[i].nonzero()[0]  # few, where many taps merge
+        if not (distinct[np.ix_(kept, seen)] >= distinct[i, seen]).all(1).any():
             kept.append(i)
-    places = sorted((int(first[i]), tuple(distinct[i].tolist())) for i in kept)
-    return tuple(Window(counts, x if 2 * x < len(rows) else x - len(rows)) for x, counts in places)
+    return _in_order([(places[i], tuple(distinct[i].tolist())) for i in kept], len(rows))
+
+
+def _in_order(windows: list[tuple[int, tuple[int, ...]]], size: int) -> tuple[Window, ...]:
+    """Of the first place and the counts of each, on an axis of so many places."""
+    return tuple(Window(counts, x if 2 * x < size else x - size) for x, counts in sorted(windows))
 
 
 def _shorten(n: int, taps: int, stride: int, before: int, after: int, dilation: int) -> int:
