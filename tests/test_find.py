@@ -232,6 +232,20 @@ def test_an_operator_of_operators_is_passed_through():
     assert [use.name for use in observe(model, SHAPE)] == ["conv"]
 
 
+def test_what_goes_through_all_modules_is_not_done_for_each_layer():
+    class Counted(nn.Sequential):
+        asked = 0
+
+        def modules(self):
+            self.asked += 1
+            return super().modules()
+
+    few, many = (Counted(*(nn.Linear(2, 2) for _ in range(n))) for n in (2, 20))
+    for model in (few, many):
+        report(model, [1, 2], l2=False)
+    assert few.asked == many.asked
+
+
 # --- networks that others wrote ---------------------------------------------------------------------------------------
 
 

@@ -107,15 +107,16 @@ class Seen(TorchFunctionMode):
 
     def found(self) -> list[Found]:
         found = []
-        for place in self._places.values():
-            with torch.no_grad(), evaluating(self._model), naming(place.name):
-                try:
-                    layer = place.layer()
-                except Drawn:
-                    continue
-                _ = layer.geometry  # refuses what is no layer
-            self._covered.update(map(id, place.held))
-            found.append(Found(place.name, place.kind, layer, len(place.outputs), self._batch_norm(place, layer)))
+        with torch.no_grad(), evaluating(self._model):  # once: it goes through all modules
+            for place in self._places.values():
+                with naming(place.name):
+                    try:
+                        layer = place.layer()
+                    except Drawn:
+                        continue
+                    _ = layer.geometry  # refuses what is no layer
+                self._covered.update(map(id, place.held))
+                found.append(Found(place.name, place.kind, layer, len(place.outputs), self._batch_norm(place, layer)))
         return found
 
     def others(self) -> list[str]:
