@@ -119,6 +119,21 @@ def test_a_linear_operation_has_the_norm_of_its_matrix(name, monkeypatch):
         assert exact * (1 - 1e-12) <= found <= exact * (1 + 2e-6 if ord == 2 else 1 + 1e-9), (ord, found, exact)
 
 
+LONG = {
+    "avg_pool1d": (nn.AvgPool1d(4), (1 / 4, 1 / 2, 1)),
+    "adaptive_avg_pool1d": (nn.AdaptiveAvgPool1d(250_000), (1 / 4, 1 / 2, 1)),
+    "pad": (nn.ReflectionPad1d(3), (2, 2**0.5, 1)),
+    "repeat": (Of(lambda x: x.repeat(1, 1, 2)), (2, 2**0.5, 1)),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long_axes_have_no_dense_matrix(name):
+    model, expected = LONG[name]
+    traced = trace(model, [1, 2, 10**6])
+    assert [lipschitz(traced, ord=ord).upper for ord in ORDS] == pytest.approx(expected, rel=1e-8)
+
+
 @pytest.mark.parametrize("name", LINEAR)
 def test_a_linear_operation_is_bounded_without_its_matrix(name, monkeypatch):
     without_matrices(monkeypatch)

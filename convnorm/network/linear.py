@@ -17,7 +17,7 @@ from ..spectral.outward import EPS
 from .calls import Call, Refused, rule
 from .merge import compose, is_identity, scale_of
 from .operators import Diagonal, LayerOperator, Operator, Rearranged, Scalar, Scale, Shape
-from .separable import Separable, adaptive_windows, average, ranges
+from .separable import Separable, adaptive_windows, average, ranges, selection
 from .steps import Linear, Step, Sum
 
 PAD_MODES = {"constant": "zeros", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
@@ -210,7 +210,7 @@ def tiling(call: Call) -> Linear:
     if batch != 1 or len(times) != len(source.shape):
         raise Refused("repeats the batch axis")
     counts = {axis: (n, t) for axis, (n, t) in enumerate(zip(source.shape, times, strict=True), 1) if t != 1}
-    matrices = {axis: torch.eye(n, dtype=torch.float64).repeat(t, 1) for axis, (n, t) in counts.items()}
+    matrices = {axis: selection(torch.arange(n).repeat(t), n) for axis, (n, t) in counts.items()}
     return linear(source, Separable(source.shape, matrices))
 
 
@@ -296,8 +296,7 @@ def padding(call: Call) -> Linear:
     matrices = {}
     for axis, (before, after) in sorted(pairs.items()):
         n = source.shape[axis - 1]
-        reads = torch.from_numpy(_padded(n, before, after, mode))
-        matrices[axis] = (reads[:, None] == torch.arange(n)).double()
+        matrices[axis] = selection(torch.from_numpy(_padded(n, before, after, mode)), n)
     operator = Separable(source.shape, matrices)
     padded = [axis for axis, pair in pairs.items() if any(pair)]
     if padded and min(padded) >= 2 and rank <= 5 and min(map(min, pairs.values())) >= 0:

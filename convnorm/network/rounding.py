@@ -90,7 +90,7 @@ def joined(norms: Iterable[Number], ord: float) -> Number:
 
 
 def matrix_norm(matrix: Tensor, ord: float) -> float:
-    """At least the l_ord operator norm of ``matrix[rows, columns]`` in float64.
+    """At least the l_ord operator norm of ``matrix[rows, columns]`` in float64, which may be sparse but for l2.
 
     >>> import torch
     >>> matrix_norm(torch.eye(3, dtype=torch.float64), 1) - 1 < 1e-14
@@ -98,11 +98,11 @@ def matrix_norm(matrix: Tensor, ord: float) -> float:
     """
     if not matrix.numel():
         return 0.0
-    if not matrix.isfinite().all():
+    if not (matrix.values() if matrix.is_sparse else matrix).isfinite().all():
         return math.inf
     if ord == 2:  # largest entry near 1, lest squares overflow
         size = float(matrix.abs().max())
         scale = 2.0 ** (math.frexp(size)[1] - 1) if 0 < size < math.inf else 1.0  # 2 ** 1024 is none
         return times(float(norms_from_above(matrix / scale)), scale)
-    sums = matrix.abs().sum(0 if ord == 1 else 1)
+    sums = matrix.abs().sum(0 if ord == 1 else 1).to_dense()
     return times(float(sums.max()), 1 + (max(matrix.shape) + 2) * EPS)

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 
 from .operators import LayerOperator, Operator, Shape
-from .rounding import matrix_norm, times
+from .rounding import matrix_norm, root, times
+
+MOST_ENTRIES = 1 << 24  # of a matrix whose l2 norm is taken, dense
 
 
 @dataclass(frozen=True, eq=False)
 class Separable(Operator):
-    """``matrices[axis]`` is what acts on that axis, in float64, [outputs, inputs]; the batch is axis 0.
+    """``matrices[axis]`` is what acts on that axis, in float64, [outputs, inputs], sparse where long axes would make it
+    large; the batch is axis 0.
 
     ``layer`` is the same as a layer, where it can be one: layers before and after it are merged with that.
 
@@ -51,26 +54,46 @@ class Separable(Operator):
 
     def __call__(self, x: Tensor) -> Tensor:
         for axis, matrix in self.matrices.items():
-            x = (x.movedim(axis, -1) @ matrix.T).movedim(-1, axis)
+            x = (x.movedim(axis, -1) @ matrix.to_dense().T).movedim(-1, axis)
         return x
 
     def measure(self, ord: float, rtol: float) -> tuple[float, str]:
-        return times(*(matrix_norm(matrix, ord) for matrix in self.matrices.values())), "exact"
+        matrices = self.matrices.values()
+        if ord == 2 and any(matrix.numel() > MOST_ENTRIES for matrix in matrices):
+            return root(times(self.absolute(1), self.absolute(math.inf))), "l1 and linf norms"
+        return times(*(matrix_norm(matrix.to_dense() if ord == 2 else matrix, ord) for matrix in matrices)), "exact"
 
     def absolute(self, ord: float) -> float:
-        return times(*(matrix_norm(matrix.abs(), ord) for matrix in self.matrices.values()))
+        return times(*(matrix_norm(matrix, ord) for matrix in self.matrices.values()))
+
+
+def sparse(rows: Tensor, columns: Tensor, values: Tensor, sizes: tuple[int, int]) -> Tensor:
+    """A matrix of these entries, by rows."""
+    matrix = torch.sparse_coo_tensor(torch.stack([rows, columns]), values, sizes, check_invariants=False)
+    return matrix.coalesce()
+
+
+def selection(reads: Tensor, n: int) -> Tensor:
+    """[outputs, n]: each output one of the inputs, or zero where that is negative.
+
+    >>> selection(torch.tensor([1, -1, 0]), 2).to_dense().tolist()
+    [[0.0, 1.0], [0.0, 0.0], [1.0, 0.0]]
+    """
+    rows = (reads >= 0).nonzero().squeeze(1)
+    return sparse(rows, reads[rows], torch.ones(len(rows), dtype=torch.float64), (len(reads), n))
 
 
 def ranges(n: int, starts: Sequence[int], ends: Sequence[int], divisors: Sequence[float]) -> Tensor:
     """[outputs, n]: each output the sum of a range of inputs, as far as there are any, over its divisor.
 
-    >>> ranges(3, [-1, 1], [2, 4], [3, 3]).mul(3).tolist()
+    >>> ranges(3, [-1, 1], [2, 4], [3, 3]).to_dense().mul(3).tolist()
     [[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]]
     """
-    matrix = torch.zeros(len(starts), n, dtype=torch.float64)
-    for row, start, end, divisor in zip(matrix, starts, ends, divisors, strict=True):
-        row[max(start, 0) : max(end, 0)] = 1 / divisor
-    return matrix
+    inside = [range(max(start, 0), min(end, n)) for start, end in zip(starts, ends, strict=True)]
+    counts = torch.tensor([len(one) for one in inside])
+    values = torch.tensor(divisors, dtype=torch.float64).reciprocal().repeat_interleave(counts)
+    rows = torch.arange(len(inside)).repeat_interleave(counts)
+    return sparse(rows, torch.tensor([x for one in inside for x in one]), values, (len(inside), n))
 
 
 def average(n: int, outputs: int, kernel: int, stride: int, padding: int, counts_padding: bool) -> Tensor:
