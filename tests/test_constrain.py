@@ -114,6 +114,24 @@ def test_a_weight_is_bounded_wherever_it_is_used(ord, everywhere):
         assert (away * (y - p)).sum() <= 1e-9
 
 
+class Growing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(4, 1, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(x[..., :1]) + self.conv(x)
+
+
+@pytest.mark.parametrize(("ord", "bound"), [(1, 2.0), (2, 4.0), (inf, 8.0)])
+def test_of_a_weight_in_several_uses_the_largest_norm_counts(ord, bound):
+    """Also where it is that of a later one, and where l2 exceeds a bound that l1 does not."""
+    model = Growing()
+    nn.init.ones_(model.conv.weight)
+    project_(model, [1, 4, 8], ord=ord, bound=bound)
+    assert torch.linalg.matrix_norm(matrix_of(model.conv, [8]), ord) <= bound
+
+
 def test_an_attached_projection_follows_each_step():
     model = small_net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)

@@ -157,6 +157,16 @@ def test_gradient_at_zero_is_zero(device):
             assert g.eq(0).all()
 
 
+def test_gradient_of_merged_taps_that_cancel(device):
+    """Their sum is 1e-8, which float32 would make 0 of."""
+    weight = torch.tensor([[[1.0, 1e-8, -1.0]]], device=device)
+    norm, pull = torch.func.vjp(lambda w: ops.l1(w, [1], [1], [1], padding_mode="circular"), weight)
+    assert norm.dtype == torch.float32
+    assert torch.equal(pull(torch.ones_like(norm))[0], torch.ones_like(weight))
+    ops.l1(weight.requires_grad_(), [1], [1], [1], padding_mode="circular").backward()
+    assert torch.equal(weight.grad, torch.ones_like(weight))
+
+
 def test_gradient_does_not_see_what_no_output_reads(device):
     weight = torch.tensor([[[float("nan"), 2.0, inf]]], device=device)  # one input, one in the middle of the kernel
     case = cases.Case((1, 1, 3), (1,), (1,), (1,))
