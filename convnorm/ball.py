@@ -134,7 +134,7 @@ def _not_implied(windows: np.ndarray, merged: np.ndarray) -> np.ndarray:
         implied = (windows[kept] >= windows[i]).all(1) | (alone[kept] >= spread[i]).all(1)
         if not implied.any():
             kept.append(i)
-    return windows[sorted(kept)]
+    return windows[kept]
 
 
 def nearest(x0: Tensor, bound: Tensor, ball: Ball) -> tuple[Tensor, Face]:

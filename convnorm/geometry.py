@@ -322,7 +322,7 @@ def _per_axis(name: str, values: Sequence[int], n_axes: int, least: int) -> tupl
 
 def _paddings(padding: Sequence[int], n_axes: int) -> tuple[tuple[int, int], ...]:
     """(before, after) for each axis, from one entry in all, one for each axis, or two for each axis."""
-    if n_axes and len(padding) == 2 * n_axes:
+    if len(padding) == 2 * n_axes:
         both = _per_axis("padding", padding, 2 * n_axes, least=0)
         return tuple(zip(both[::2], both[1::2], strict=True))
     return tuple((p, p) for p in _per_axis("padding", padding, n_axes, least=0))
