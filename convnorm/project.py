@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.library import Library, register_fake
 
 from . import library
-from .ball import Ball, Face, ball_of, below, nearest, on_face, settle, tables_of
+from .ball import Ball, Face, ball_of, nearest, on_face, settle, tables_of
 from .geometry import GeometryError
 from .gradients import static, transformed
 from .layers import Layer, as_layer
@@ -209,7 +209,7 @@ def _nearest(x0: Tensor, bounds: Tensor, ball: Ball) -> tuple[Tensor, Face]:
     shape = *x0.shape[:2], ball.counts.shape[1]
     positive = (bounds > 0).nonzero().squeeze(1)
     if len(positive) == len(bounds):
-        values, face = nearest(x0.double(), below(bounds, math.prod(shape[1:])), ball)
+        values, face = nearest(x0.double(), bounds, ball)
     else:
         values = x0.double().masked_fill(ball.counted, 0)
         face = Face(
@@ -217,7 +217,7 @@ def _nearest(x0: Tensor, bounds: Tensor, ball: Ball) -> tuple[Tensor, Face]:
             torch.ones(len(x0), len(ball.counts), dtype=torch.bool, device=x0.device),
         )
         if len(positive):
-            some, found = nearest(x0[positive].double(), below(bounds[positive], math.prod(shape[1:])), ball)
+            some, found = nearest(x0[positive].double(), bounds[positive], ball)
             values[positive], face.signs[positive], face.active[positive] = some, found.signs, found.active
     return settle(values, bounds, ball, x0.dtype), face
 
