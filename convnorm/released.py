@@ -52,13 +52,13 @@ class Released(Batch):
             column, winner = not self.linf, state.winners[i]
             index = slice_index(weight, layer, winner[:1], column)
             average = as_matrix(self._averages[i].mul_(self.momentum), layer)
-            signs = as_matrix(weight, layer)[index].sign().to(average.dtype)
+            signs = as_matrix(weight, layer)[index].sign()
             if not layer.sees_all(column):
                 counts = torch.ops.convnorm.window_counts(winner, text, column)
                 signs = torch.where(counts > 0, signs, average[index])
             average[index] = signs
             if weight.grad is not None and weight.requires_grad:
-                weight.grad.add_(self._averages[i] * rates[i].to(weight.dtype))
+                weight.grad.add_(self._averages[i] * rates[i])
 
     def remembered(self, i: int) -> dict[str, Tensor]:
         return {"norm": self.state.norms[i], "winner": self.state.winners[i], "average": self._averages[i]}
