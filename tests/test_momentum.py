@@ -101,14 +101,16 @@ def test_autocast_changes_nothing(device):
         walk([Case((16, 8, 3, 3), in_shape=(8, 8))], [weight], False, 0.5, 4, np.random.default_rng(0))
 
 
-def test_counts_past_a_byte(device):
-    """One weight that counts 301 times in one column: replicate padding of 300 on one input."""
-    case = Case((2, 2, 3), padding=(300,), in_shape=(1,), options={"padding_mode": "replicate"})
-    assert largest_count(read_plan(case.plan)[0], column=True) > 128
+@pytest.mark.parametrize(("count", "dtype"), [(127, torch.int8), (128, torch.int32), (599, torch.int32)])
+def test_counts_past_a_byte(device, count, dtype):
+    """One weight that counts so often in one column: replicate padding of one input."""
+    padding = (count // 2, count - count // 2)
+    case = Case((2, 2, 2), padding=padding, in_shape=(1,), options={"padding_mode": "replicate"})
+    assert largest_count(read_plan(case.plan)[0], column=True) == count
     rng = np.random.default_rng(0)
     weight = random_weight(rng, case.weight_shape, torch.float64, "normal", "contiguous", device)
     state = walk([case], [weight], False, 0.5, 4, rng)
-    assert state.signs.dtype == torch.int32
+    assert state.signs.dtype == dtype
 
 
 def test_nan_counts_as_zero_and_inf_as_its_sign(device):
