@@ -297,9 +297,10 @@ def test_released_variant_says_what_it_skips():
     ):
         decay = convnorm.NormDecay(network(), SHAPE, beta=1.0, variant="released")
     assert [use.name for use in decay.uses] == ["linear"]
-    small = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, 3, padding=1))
+    small = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, 3, stride=2, padding=1))
     with pytest.raises(ValueError, match="leave no layer"), pytest.warns(UserWarning, match="'0', '1'"):
-        convnorm.NormDecay(small, [1, 1, 2, 2], beta=1.0, variant="released")
+        convnorm.NormDecay(small, {"0": (2, 2), "1": (3, 3)}, beta=1.0, variant="released")
+    assert len(convnorm.NormDecay(small, {"0": (3, 3), "1": (4, 4)}, beta=1.0, variant="released").uses) == 2
 
 
 @pytest.mark.parametrize("variant", ["paper", "released"])

@@ -57,13 +57,14 @@ def test_a_frozen_layer_gets_nothing_its_average_goes_on():
     assert_same(model, expected)
 
 
-def test_a_layer_that_is_frozen_with_a_gradient_keeps_it():
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_a_layer_that_is_frozen_with_a_gradient_keeps_it(variant):
     """As it is left by ``zero_grad(set_to_none=False)``, for an optimizer to apply."""
     model = network()
     loss(model, 0).backward()
     model[2].requires_grad_(False)
     left = model[2].weight.grad.clone()
-    decayed(model).step()
+    decayed(model, variant=variant).step()
     assert torch.equal(model[2].weight.grad, left)
 
 
