@@ -104,6 +104,14 @@ def test_the_published_clip_is_that_of_the_dense_matrix(shape, sizes, cut):
     assert torch.equal(call(cut=True), full[tuple(map(slice, shape))])
 
 
+def test_singular_values_far_below_the_largest_are_clipped_as_precisely():
+    """Their squares vanish beside its own."""
+    u, v = (torch.linalg.qr(part).Q for part in torch.randn(2, 4, 4, dtype=torch.float64))
+    weight = u * torch.tensor([1.0, 3e-9, 2e-9, 1e-10], dtype=torch.float64) @ v
+    found = torch.linalg.svdvals(clip_singular_values(weight, [], 1e-9))
+    torch.testing.assert_close(found, torch.tensor([1e-9, 1e-9, 1e-9, 1e-10], dtype=torch.float64), rtol=1e-5, atol=0)
+
+
 def test_the_published_clip_takes_groups_one_by_one():
     conv = nn.Conv1d(4, 6, 3, padding=1, padding_mode="circular", groups=2)
     parts = [clip_singular_values(part, [5], 0.3, padding=1, padding_mode="circular") for part in conv.weight.chunk(2)]
