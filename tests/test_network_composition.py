@@ -108,6 +108,7 @@ COMPOSED = {
     "pointwise_conv": (nn.Sequential(nn.Conv2d(2, 5, 1, 2), nn.Conv2d(5, 3, 3, padding=1)), (2, 7, 7)),
     "conv_conv": (nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 2, 3, 2)), (2, 7, 6)),
     "conv1d_conv1d": (nn.Sequential(nn.Conv1d(2, 3, 3, 2, dilation=2), nn.Conv1d(3, 2, 2, dilation=2)), (2, 15)),
+    "linear_beside_identity": (Of(lambda x, w: x @ w + x / 2, w=normal(5, 5)), (5,)),
     "linear_linear": (nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 5), nn.Linear(5, 3)), (6,)),
     "tokens": (nn.Sequential(nn.Linear(6, 4), Of(lambda x, w: x * w, w=normal(4)), nn.Linear(4, 5)), (3, 6)),
 }  # fmt: skip

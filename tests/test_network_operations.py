@@ -280,6 +280,7 @@ NORMALISING = {
     "instance_norm": (nn.InstanceNorm1d(2, eps=0.2), (2, 4)),
     "rms_norm": (nn.RMSNorm(5, eps=0.3), (5,)),
     "layer_norm_of_one": (nn.LayerNorm(1, eps=0.3), (3, 1)),
+    "rms_norm_of_one": (nn.RMSNorm(1, eps=0.3), (3, 1)),
 }
 
 
