@@ -250,6 +250,18 @@ def test_the_command_refuses_in_one_line(networks, what, capsys):
     assert printed.out == ""
 
 
+class Touching:
+    def __reduce__(self):
+        return Path.touch, (Path("touched"),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_checkpoint_runs_no_code(networks, zipped):
+    torch.save({"weight": Touching()}, "code.pt", _use_new_zipfile_serialization=zipped)
+    assert command.main(["report", "code.pt=networks:network", *INPUT]) == 2
+    assert not Path("touched").exists()
+
+
 @pytest.mark.parametrize("given", [("report.json", "--no-l2"), ("report.json", *INPUT), ("program.pt2", *INPUT)])
 def test_options_that_would_change_nothing_are_refused_of_several_models_too(networks, given, capsys):
     pytest.importorskip("rich")
