@@ -62,9 +62,7 @@ def _merged(second: Operator, first: Operator) -> LayerOperator | None:
     if far and near:
         return merged_layers(far, near)
     if near and (scale := as_factors(second, near)):
-        layer = scaled(
-            replace(near.layer, weight=near.layer.weight.double()), scale.factors.to(near.layer.weight.device)
-        )
+        layer = scaled(near.layer, scale.factors.to(near.layer.weight.device))
         return _with_error(layer, near, scale)
     if far and (scale := as_factors(first, far)):
         return _with_error(scaled_input(far.layer, scale.factors.to(far.layer.weight.device)), far, scale)
@@ -191,7 +189,7 @@ def summed_layers(one: LayerOperator, other: LayerOperator) -> LayerOperator | N
         return None
     weight = torch.zeros(*channels, *size, dtype=torch.float64, device=a.weight.device)
     for layer, taps in zip(layers, places, strict=True):
-        weight[(slice(None), slice(None), *taps)] += _regrouped(layer.weight.double(), layer.groups, groups)
+        weight[(slice(None), slice(None), *taps)] += _regrouped(layer.weight, layer.groups, groups)
     layer = _layer(weight, a, before, [1] * len(size), a.geometry.stride, groups, "zeros", a.geometry.out_shape)
     if layer is None:
         return None
@@ -233,7 +231,7 @@ def lifted(operator: LayerOperator, spatial: tuple[int, ...]) -> LayerOperator:
 
 def scaled_input(layer: Layer, factors: Tensor) -> Layer:
     """The layer after a multiplication of each input channel."""
-    weight = layer.weight.double()
+    weight = layer.weight
     if layer.transposed:
         return replace(layer, weight=weight * factors.view(-1, *[1] * (weight.dim() - 1)))
     per_group = factors.view(layer.groups, 1, -1, *[1] * (weight.dim() - 2))
