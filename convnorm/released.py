@@ -39,7 +39,7 @@ class Released(Batch):
         super().__init__(uses, members, linf, momentum=0)  # no terms
         self.momentum = momentum
         self._layers = [(layer, layer.text) for layer in read_plan(self.plan)]
-        self._averages = [torch.zeros_like(weight, requires_grad=False) for weight in self.weights]
+        self._averages = [torch.zeros_like(weight) for weight in self.weights]
 
     @torch.no_grad()
     def step(self, scale: float | Tensor, measured: bool = False) -> None:
