@@ -196,6 +196,13 @@ def test_state_is_that_of_torch():
     assert_same(train(model, optimizer, 3, seed=1), train(other, plain, 3, seed=1))
 
 
+def test_layers_that_the_optimizer_does_not_hold_are_named():
+    model = network()
+    decay = convnorm.NormDecay(model, [1, 3, 8, 8], beta=0.3)
+    with pytest.warns(UserWarning, match=f"does not hold the weight of layer '{decay.uses[-1].name}'"):
+        convnorm.optim.SGD([use.module.weight for use in decay.uses[:-1]], lr=0.1, norm_decay=decay)
+
+
 def test_closure():
     def closure():
         optimizer.zero_grad()

@@ -66,6 +66,14 @@ def test_layers_that_were_replaced_are_named_once(kind, tmp_path):
             one.step()
 
 
+def test_a_penalty_names_a_layer_that_was_replaced():
+    model = network()
+    decay = made("NormDecay", model, None)
+    model[1][1] = nn.Linear(144, 5)
+    with pytest.warns(UserWarning, match=r"does not hold layer '1.1' any more"):
+        decay.penalty()
+
+
 @pytest.mark.parametrize("kind", ["NormDecay", "Projection", "Recorder"])
 def test_a_layer_that_is_replaced_after_another_child_was_deleted_is_named(kind, tmp_path):
     """Sequential makes a new dictionary of its children then."""
