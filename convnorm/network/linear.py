@@ -37,12 +37,11 @@ def convolution(call: Call) -> Linear:
     if len(source.shape) != axes + 1:
         raise Refused("has an input without a batch axis")
     dilation = call.per_axis("dilation", axes)
-    padding = in_numbers(given["padding"], weight.shape[2:], dilation)
     transposed = given.get("transposed", "transpose" in call.operation)
     layer = Layer(
         weight,
         stride=tuple(call.per_axis("stride", axes)),
-        padding=tuple(padding) * axes if len(padding) == 1 else tuple(padding),
+        padding=tuple(in_numbers(given["padding"], weight.shape[2:], dilation)),
         in_shape=tuple(source.shape[1:]),
         dilation=tuple(dilation),
         groups=given["groups"],

@@ -134,10 +134,10 @@ def as_depthwise(scale: Scale, spatial: tuple[int, ...]) -> LayerOperator:
 
 
 def aligned(one: LayerOperator, other: LayerOperator) -> tuple[LayerOperator, LayerOperator] | None:
-    """Both along the spatial axes of either, and on the first one's device; None where these are no layer's axes."""
-    spatial = tuple(sorted({*one.spatial, *other.spatial}))
-    if one.channel != other.channel or len(spatial) > 3:
+    """Both along the spatial axes of either, and on the first one's device; None where their channels are not."""
+    if one.channel != other.channel:
         return None
+    spatial = tuple(sorted({*one.spatial, *other.spatial}))
     one, other = lifted(one, spatial), lifted(other, spatial)
     return one, replace(other, layer=replace(other.layer, weight=other.layer.weight.to(one.layer.weight.device)))
 
