@@ -67,7 +67,7 @@ def slice_norm(part: Tensor, layer: LayerPlan, winner: Tensor, column: bool) -> 
     kernel = merge_taps(part, layer.axes)
     if layer.sees_all(column):
         return torch.linalg.vector_norm(kernel, 1)
-    counts = torch.ops.convnorm.window_counts(winner, layer.text, column).to(kernel.dtype)
+    counts = torch.ops.convnorm.window_counts(winner, layer.text, column)
     return torch.where(counts > 0, kernel.abs() * counts, 0).sum()
 
 
@@ -77,7 +77,7 @@ def slice_subgradient(part: Tensor, layer: LayerPlan, winner: Tensor, column: bo
     """
     signs = merge_taps(part, layer.axes).sign().nan_to_num(0)
     if not layer.sees_all(column):
-        signs = signs * torch.ops.convnorm.window_counts(winner, layer.text, column).to(signs.dtype)
+        signs = signs * torch.ops.convnorm.window_counts(winner, layer.text, column)
     for dim, axis in enumerate(layer.axes, signs.dim() - len(layer.axes)):
         if axis.merged:
             taps = signs.new_zeros(*signs.shape[:dim], axis.taps, *signs.shape[dim + 1 :])
