@@ -48,7 +48,7 @@ def tensor_norm_estimate(
     working = kernel.detach().to(torch.promote_types(one.weight.dtype, torch.float32))
     left, right, *waves = (_unit(own.to(torch.complex128)) for own in _power_method(working, iterations, generator))
     image = _matrix(kernel, waves) * left.unsqueeze(2) * right.unsqueeze(1)
-    largest = once(torch.view_as_real(image.sum((1, 2))).norm(dim=-1).max())
+    largest = torch.view_as_real(image.sum((1, 2))).norm(dim=-1).max()
     return circle.factor * math.sqrt(math.prod(kernel.shape[3:])) * largest * circle.scale
 
 
