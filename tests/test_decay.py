@@ -301,6 +301,9 @@ def test_released_variant_says_what_it_skips():
     with pytest.raises(ValueError, match="leave no layer"), pytest.warns(UserWarning, match="'0', '1'"):
         convnorm.NormDecay(small, {"0": (2, 2), "1": (3, 3)}, beta=1.0, variant="released")
     assert len(convnorm.NormDecay(small, {"0": (3, 3), "1": (4, 4)}, beta=1.0, variant="released").uses) == 2
+    spread = nn.Sequential(nn.Conv2d(1, 1, 3, dilation=2), nn.Conv2d(1, 1, 3, padding="same"))
+    with pytest.raises(ValueError, match="leave no layer"), pytest.warns(UserWarning, match="'0', '1'"):
+        convnorm.NormDecay(spread, [1, 1, 9, 9], beta=1.0, variant="released")
 
 
 @pytest.mark.parametrize("variant", ["paper", "released"])
