@@ -147,7 +147,12 @@ def test_a_module_that_runs_with_several_weights_is_several_layers():
     assert found.unmeasured == ()
 
 
-HOOKED = {"weight_norm": nn.utils.weight_norm, "pruned": lambda conv: prune.random_unstructured(conv, "weight", 0.5)}
+HOOKED = {
+    "weight_norm": nn.utils.weight_norm,
+    "pruned": lambda conv: prune.random_unstructured(conv, "weight", 0.5),
+    "weight_norm_and_bias_pruned": lambda conv: nn.utils.weight_norm(prune.random_unstructured(conv, "bias", 0.5)),
+    "pruned_and_bias_norm": lambda conv: prune.random_unstructured(nn.utils.weight_norm(conv, "bias"), "weight", 0.5),
+}
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm")

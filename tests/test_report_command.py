@@ -98,6 +98,7 @@ def networks(tmp_path, monkeypatch):
     nested = {f"module.{name}": value for name, value in model.state_dict().items()}
     torch.save({"epoch": 3, "state_dict": nested}, "nested.pt")
     torch.save({"epoch": 3}, "none.pt")
+    torch.save([torch.ones(2)], "list.pt")
     torch.save(model[:1].state_dict(), "few.pt")
     torch.save(nn.Sequential(*model, nn.Linear(2, 2)).state_dict(), "more.pt")
     Path("text.pt").write_text("no checkpoint")
@@ -225,6 +226,7 @@ WRONG = {
     "checkpoint of fewer layers": ["few.pt=networks:network", *INPUT],
     "checkpoint of more layers": ["more.pt=networks:network", *INPUT],
     "no state dict": ["none.pt=networks:network", *INPUT],
+    "no dictionary": ["list.pt=networks:network", *INPUT],
     "no checkpoint": ["text.pt=networks:network", *INPUT],
     "no program": ["text.pt2"],
     "sizes for a program": ["program.pt2", *INPUT],
