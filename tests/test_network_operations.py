@@ -302,6 +302,13 @@ def test_normalisation_is_bounded_through_eps(name, ord):
         assert found == 0
 
 
+@pytest.mark.parametrize("ord", ORDS)
+def test_an_instance_norm_is_a_group_norm_of_each_channel(ord):
+    models = nn.InstanceNorm1d(2, eps=0.2), nn.GroupNorm(2, 2, eps=0.2, affine=False)
+    instance, group = (lipschitz(model, [2, 2, 4], ord=ord).upper for model in models)
+    assert instance == group
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_rms_norm_without_eps_has_that_of_its_precision(dtype):
     model, x = nn.RMSNorm(5, dtype=dtype), torch.zeros(1, 5, dtype=dtype)
