@@ -137,14 +137,14 @@ def test_layers_in_several_precisions_and_sizes(tmp_path):
             self.high, self.low = nn.Conv2d(3, 3, 3).double(), nn.Conv2d(3, 3, 3).half()
 
         def forward(self, x):
-            return self.low(self.high(self.low(x).double()).half())
+            return self.low(self.high(self.high(self.low(x).double())).half())
 
     model = Mixed()
-    with Recorder(model, torch.randn(SHAPE).half(), tmp_path / "norms.csv") as recorder:
+    with Recorder(model, torch.randn(1, 3, 12, 12).half(), tmp_path / "norms.csv") as recorder:
         recorder.step()
     heads, values = csv.reader((tmp_path / "norms.csv").open())
-    assert heads[1::2] == ["l1/low@8x8", "l1/high", "l1/low@4x4"]
-    layers = [(model.low, [8, 8]), (model.high, [6, 6]), (model.low, [4, 4])]
+    assert heads[1::2] == ["l1/low@12x12", "l1/high@10x10", "l1/high@8x8", "l1/low@6x6"]
+    layers = [(model.low, [12, 12]), (model.high, [10, 10]), (model.high, [8, 8]), (model.low, [6, 6])]
     expected = [
         value.item() for layer in layers for value in vars(convnorm.norms(*layer)).values() if torch.is_tensor(value)
     ]
