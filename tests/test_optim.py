@@ -413,6 +413,26 @@ def test_what_is_not_fused_takes_scaled_gradients(sparse):
     torch.testing.assert_close(*results)
 
 
+def test_a_fused_step_takes_scaled_gradients():
+    results = []
+    for own in (True, False):
+        model = linear().float()
+        decay = convnorm.NormDecay(model, [1, 3], beta=0.3)
+        if own:
+            optimizer = convnorm.optim.SGD(model.parameters(), lr=0.1, fused=True, norm_decay=decay)
+        else:
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+            decay.attach(optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for _ in range(3):
+            optimizer.zero_grad()
+            scaler.scale(model(torch.ones(1, 3)).square().sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        results.append(list(model.parameters()))
+    torch.testing.assert_close(*results)
+
+
 def test_only_the_embedding_is_sparse():
     model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, 3))
     decay = convnorm.NormDecay(model, {"1": ()}, beta=0.3)
