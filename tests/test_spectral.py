@@ -321,6 +321,13 @@ def test_tensor_norm_is_over_complex_vectors():
     assert found.item() == pytest.approx(math.sqrt(2) * math.sqrt(2), rel=1e-9)
 
 
+def test_tensor_norm_of_one_tap_counts_what_padding_repeats():
+    """An end of three outputs has the norm sqrt(3)."""
+    weight = torch.ones(1, 1, 1, dtype=torch.float64)
+    found = tensor_norm_estimate(weight, [4], padding=2, padding_mode="replicate")
+    assert found.item() >= math.sqrt(3) * (1 - 1e-12)
+
+
 def test_tensor_norm_never_exceeds_a_reshaping(seed):
     for number in range(60):
         case, weight = fuzz(seed, number)
