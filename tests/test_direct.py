@@ -65,6 +65,12 @@ def test_networks(taken):
     results += [ops.norms_many(weights, **named, **options) for _ in range(2)]
     assert len(taken) == 2
     expected = ops.norms_many.default(weights, *args, **options)
+    taken.clear()
+    ensemble = [torch.stack([w, w]) for w in weights]
+    results += zip(
+        *torch.vmap(lambda *members: ops.norms_many(list(members), *args, **options))(*ensemble), strict=True
+    )
+    assert not taken
     for result in results:
         torch.testing.assert_close(tuple(result), tuple(expected), rtol=0, atol=0)
 
@@ -98,6 +104,13 @@ def test_other_weights_of_known_arguments_are_refused(taken, change):
     ops.norms(w, *LAYER)
     with pytest.raises(convnorm.GeometryError, match="weight"):
         ops.norms(change(w), *LAYER)
+    assert not taken
+
+
+def test_a_weight_without_values_of_known_arguments_has_norms_without_values(taken):
+    w = weight()
+    ops.norms(w, *LAYER)
+    assert all(norm.is_meta for norm in ops.norms(w.to("meta"), *LAYER))
     assert not taken
 
 
