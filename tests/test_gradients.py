@@ -201,6 +201,8 @@ def test_gradient_of_an_infinite_norm_is_that_of_its_slice(device):
     assert [norm.item() for norm in norms] == [inf, inf]
     assert g1.flatten().tolist() == [-1, 1, 1, 1]
     assert ginf.flatten().tolist() == [-1, 1, 0, 0]
+    (norm, pull) = torch.func.vjp(lambda w: ops.l1(w, [1], [0], [4]), weight)
+    assert (norm.item(), pull(torch.ones_like(norm))[0].flatten().tolist()) == (inf, [-1, 1, 1, 1])
 
 
 def test_gradient_of_overflowing_half_precision_is_exact(device):
