@@ -82,6 +82,7 @@ def test_a_raw_transposed_matrix_maps_as_its_transpose():
     layer = as_layer(weight, transposed=True)
     assert (layer.in_channels, layer.out_channels) == (3, 5)
     torch.testing.assert_close(layer(x), x @ weight)
+    torch.testing.assert_close(layer.adjoint(x @ weight), x @ weight @ weight.T)
 
 
 def test_a_layer_is_its_own_layer():
@@ -285,8 +286,9 @@ def test_observe_gives_the_model_inputs_of_its_own_kind(device, dtype):
     assert seen(model, [1, 3, 8, 8]) == [("0.0", (8, 8)), ("0.3", (6, 6)), ("3", ())]
 
 
-def test_observe_refuses_weights_that_are_not_initialised_yet():
-    model = nn.Sequential(nn.LazyConv1d(4, 3))
+@pytest.mark.parametrize("lazy", [lambda: nn.LazyConv1d(4, 3), lambda: nn.LazyBatchNorm1d(affine=False)])
+def test_observe_refuses_weights_that_are_not_initialised_yet(lazy):
+    model = nn.Sequential(lazy())
     with pytest.raises(GeometryError, match="weight of layer '0' is not initialised"):
         observe(model, [1, 2, 8])
     assert model(torch.ones(1, 2, 8)).isfinite().all()

@@ -52,6 +52,7 @@ def made(kind, model, folder):
 def test_layers_that_were_replaced_are_named_once(kind, tmp_path):
     for part in ("1", "1.1"):
         model = network()
+        model[0].register_module("absent", None)
         one = made(kind, model, tmp_path)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
