@@ -405,9 +405,10 @@ def test_a_parametrization_comes_and_goes():
     assert torch.equal(conv.weight, bounded)
 
 
-def test_the_operator_is_one():
+@pytest.mark.parametrize("bound", [0.5, 50.0])
+def test_the_operator_is_one(bound):
     layer = as_layer(torch.randn(3, 2, 3), [6], padding=1)
-    bound = torch.tensor(0.5, dtype=torch.float64)
+    bound = torch.tensor(bound, dtype=torch.float64)
     torch.library.opcheck(torch.ops.convnorm.rescale, (layer.weight, bound, *layer.sizes), layer.options)
 
 

@@ -243,6 +243,11 @@ def test_large_layers_are_cut_as_small_ones(seed, column, dtype):
     assert (got.abs() <= expected.abs() * (1 + 1e-12)).all(), "Not rounded towards zero."
 
 
+def test_channels_with_the_very_bound_stay_as_they_are():
+    weight = torch.tensor([[1.0, -2.0, 3.0], [4.0, 5.0, 6.0]])
+    assert torch.equal(project(weight, ord=math.inf, bound=6.0)[0], weight[0])
+
+
 @pytest.mark.parametrize("ord", ORDS)
 def test_projections_never_part(seed, ord):
     for number in range(150):
