@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import time
 import tracemalloc
 from collections import Counter
 
@@ -192,7 +193,7 @@ def test_tables_past_all_memory_are_refused():
 
 @pytest.mark.parametrize(("taps", "stride"), [(4095, 1), (2048, 512)])
 def test_a_long_kernel_takes_no_table(taps, stride):
-    """Of outputs by taps it would have 256 MB, and 8 MB."""
+    """Of inputs by taps it would have 256 MB, and 128 MB."""
     tracemalloc.start()
     geometry((2, 2, taps), (stride,), (taps // 2,), (8192,))
     _, peak = tracemalloc.get_traced_memory()
