@@ -141,8 +141,8 @@ class Search:
     def keep(self, right: Tensor) -> None:
         right = unit(in_best_group(self._rough, right))
         length = attained(self._given, right)
-        if float(length) > self.lower:
-            self.lower, self.length, self.right = float(length), length, right
+        if (lower := length.item()) > self.lower:
+            self.lower, self.length, self.right = lower, length, right
 
     @property
     def level(self) -> float:
