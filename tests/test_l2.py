@@ -349,6 +349,21 @@ def test_calls_from_compiled_code_give_the_same(name):
     assert torch.compile(bounds, backend="eager")(weight) == bounds(weight)
 
 
+def test_only_groups_above_the_level_are_decomposed(monkeypatch):
+    """Though nothing is found that would raise it."""
+    weight = torch.randn(12, 1, 7, 7, generator=torch.Generator().manual_seed(0))
+    weight[5:] /= 2
+    for name in ("begin_with", "run"):
+        monkeypatch.setattr(bracket.Search, name, lambda *anything: None)
+    decomposed = []
+    monkeypatch.setattr(
+        bracket, "groups_of", lambda layer, groups: decomposed.extend(groups) or groups_of(layer, groups)
+    )
+    found = convnorm.l2(weight, [10, 10], padding=3, groups=12)
+    assert found.certificate == "explicit matrix"
+    assert 0 < len(decomposed) <= 5
+
+
 def test_searches_go_on_where_the_norm_is_known():
     """Both would rest on another singular value, within some thousandths of the largest."""
     kernel = torch.randn(4, 4, 2, generator=torch.Generator().manual_seed(9))

@@ -192,7 +192,8 @@ def sharpen(search: Search, circle: Circle, upper: Tensor) -> Proof:
     """For groups whose circle, of norms up to ``upper[groups]``, does not prove enough: their matrices, where those are
     small or modes would cost more, or the modes of their circles.
     """
-    layer, doubtful = search.layer, (upper > search.level).nonzero().flatten()
+    layer = search.layer
+    doubtful = torch.tensor([i for i, one in enumerate(upper.tolist()) if not search.closed(one)], device="cpu")
     size = min(matrix_sizes(layer))
     modes_work = EIGENVECTORS * len(half_grid(circle.points)) * min(circle.kernel.shape[1:3]) ** 3 + 8 * MODES[1] ** 3
 
