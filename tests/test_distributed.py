@@ -351,6 +351,7 @@ def test_what_takes_whole_weights_refuses_sharded_ones():
         recorder = convnorm.Recorder(model, SHAPE, Path(folder, "norms.csv"))
         fully_shard(model, mesh=meshes()["four"])
         calls = [recorder.step, *(one.step for one in projections), lambda: convnorm.report(model, SHAPE)]
+        calls += [lambda: convnorm.Recorder(model, SHAPE, Path(folder, "other.csv"))]
         calls += [lambda: convnorm.Projection(model, SHAPE, bound=1.0)]
         calls += [lambda: convnorm.project_batch_norms_(model, bound=1.0)]
         for call in calls:
