@@ -16,6 +16,7 @@ from .rayleigh import Singular, in_best_group, rayleigh
 from .wave import first_wave
 
 NOISE = 0.1  # keeps the start from being blind to other waves, and to other groups
+NEAR = 3  # steps to look back from a wave
 
 
 def lanczos(
@@ -43,7 +44,7 @@ def lanczos(
     return rayleigh(one, in_best_group(rough, search(rough, rtol, steps, start).right()))
 
 
-def search(layer: Layer, rtol: float, steps: int, start: Tensor | None = None, look_back: int = LOOK_BACK) -> Lanczos:
+def search(layer: Layer, rtol: float, steps: int, start: Tensor | None = None, look_back: int = NEAR) -> Lanczos:
     """Lanczos to about ``rtol``, from ``start``, or from the layer's largest wave, which needs less ``look_back``."""
     with torch.autocast(layer.weight.device.type, enabled=False):
         wave = first_wave(layer, rtol) if start is None else None

@@ -24,7 +24,7 @@ from .circle import Arc, Circle, circle_of, half_grid, symbol
 from .krylov import Lanczos
 
 MORE_THAN_TAPS = 9  # so many more frequencies are tried on an axis
-ROUND, ROUGH_ROUND = 8, 5  # steps, before
+ROUND, ROUGH_ROUND = 7, 5  # steps, before
 KEPT = 4  # one of so many waves is kept
 ROUGH = 1e-3
 BELOW = 0.95  # of the largest square so far, what the iteration damps
