@@ -29,6 +29,7 @@ from convnorm.spectral import (
 from convnorm.spectral.circle import circle_of, groups_of
 from convnorm.spectral.explicit import explicit_matrix
 from convnorm.spectral.krylov import Lanczos
+from convnorm.spectral.lanczos import search
 from convnorm.spectral.modes import modes_upper
 from convnorm.spectral.on_circle import circle_upper
 
@@ -347,6 +348,27 @@ def test_calls_from_compiled_code_give_the_same(name):
         return found.lower, found.upper, circle_norm(weight, case.in_shape, **case.keywords)
 
     assert torch.compile(bounds, backend="eager")(weight) == bounds(weight)
+
+
+def test_where_the_circle_exceeds_the_level_another_search_begins(monkeypatch):
+    """One that finds too little at first."""
+
+    def poor_at_first(layer, rtol, steps, start, look_back):
+        if start is not None:
+            return search(layer, rtol, steps, start, look_back)
+        process = Lanczos(layer)
+        process.extend()
+        return process
+
+    def refuse(*anything):
+        raise AssertionError("the second search is enough")
+
+    weight = torch.randn(8, 8, 3, 3, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(bracket, "search", poor_at_first)
+    monkeypatch.setattr(bracket.Search, "run", refuse)
+    for options in ({}, {"transposed": True}, {"groups": 2}, {"stride": 2}):
+        found = convnorm.l2(weight, [48, 48], padding=1, **options)
+        assert (found.certificate, found.stopped) == ("circle", ""), options
 
 
 def test_only_groups_above_the_level_are_decomposed(monkeypatch):
