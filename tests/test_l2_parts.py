@@ -14,7 +14,7 @@ from torch import nn
 
 import convnorm
 from convnorm.layers import as_layer
-from convnorm.spectral import circle_norm, explicit, lanczos, on_circle, singular_values
+from convnorm.spectral import circle_norm, explicit, lanczos, modes, on_circle, singular_values
 from convnorm.spectral.circle import circle_of, groups_of, half_grid, symbol
 from convnorm.spectral.definite import is_below, largest_eigenvalue
 from convnorm.spectral.explicit import explicit_matrix, gram_matrices
@@ -131,6 +131,20 @@ def test_the_first_wave_is_nearly_the_norm(name):
         assert attained >= 0.9999 * of_circle
 
 
+def test_inputs_that_padding_repeats_are_no_place_for_waves():
+    """They are passed on together: the largest singular vector is at an end."""
+    layer = as_layer(
+        torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(1)),
+        [202],
+        padding=(4, 2),
+        padding_mode="replicate",
+    )
+    truth = torch.linalg.matrix_norm(explicit_matrix(layer), ord=2)
+    assert circle_norm(layer) / circle_of(layer).factor < 0.8 * truth
+    assert first_wave(layer, 1e-3) is None
+    assert lanczos(layer).value >= (1 - 1e-3) * truth
+
+
 @pytest.mark.parametrize("shape", [(64, 32, 3, 3), (32, 64, 5, 5)])
 def test_waves_of_all_frequencies_are_tried(shape):
     """Random kernels have several local maxima, within some percent of each other."""
@@ -192,6 +206,17 @@ def test_coarse_grids_bound_fine_ones(seed):
     assert used > 20
 
 
+def test_a_level_never_falls(monkeypatch):
+    """Were every factorisation to fail, each frequency would be decomposed, and the largest eigenvalue holds."""
+    monkeypatch.setattr(on_circle, "is_below", lambda gram, *levels: torch.zeros(gram.shape[:-2], dtype=torch.bool))
+    for seed in range(5):
+        weight = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(seed))
+        circle = circle_of(as_layer(weight, [6, 7], padding=1))
+        largest = torch.linalg.svdvals(symbol(circle, circle_phases(circle))).max() * circle.scale
+        upper, _ = circle_upper(circle, 0.0, rtol=1e-9)
+        assert upper >= largest * (1 - ROUNDING)
+
+
 def test_gram_matrices_of_small_chunks_are_the_same(monkeypatch):
     weight = torch.randn(3, 5, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     circle = circle_of(as_layer(weight, [7, 7], padding=1))
@@ -235,17 +260,19 @@ def test_all_modes_are_nearly_the_layer_itself(name):
 
 @pytest.mark.parametrize("real", [2, 6, 20, 10**6])
 @pytest.mark.parametrize("small", [1.0, 1e-3])
-def test_the_rest_holds_whatever_modes_leave_out(real, small):
+@pytest.mark.parametrize("chunk", [1, modes.CHUNK])
+def test_the_rest_holds_whatever_modes_leave_out(real, small, chunk, monkeypatch):
     """``small`` channels make modes that stay in the rest by themselves."""
+    monkeypatch.setattr(modes, "CHUNK", chunk)  # of one frequency at a time, those below all before have no vectors
     weight = torch.randn(3, 3, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     weight[1:] *= small
     circle = circle_of(as_layer(weight, [5, 6], padding=1))
     every = torch.linalg.svdvals(symbol(circle, half_grid(circle.points))).flatten().sort(descending=True).values
     found = largest_modes(circle, real)
-    for modes in (found, found.first(max(2, len(found.values)))):
-        left_out = every[len(modes.values) :]
-        torch.testing.assert_close(modes.values, every[: len(modes.values)])
-        assert modes.rest >= (left_out.max() if len(left_out) else 0) + 1e-13 * every[0]
+    for some in (found, found.first(max(2, len(found.values)))):
+        left_out = every[len(some.values) :]
+        torch.testing.assert_close(some.values, every[: len(some.values)])
+        assert some.rest >= (left_out.max() if len(left_out) else 0) + 1e-13 * every[0]
 
 
 # Explicit matrices, and all singular values
@@ -274,6 +301,15 @@ def test_singular_values_are_those_of_the_explicit_matrix(name):
     found = singular_values(weight, case.in_shape, **case.keywords)
     expected = torch.linalg.svdvals(oracle.matrix(weight, *case.args, **case.options))
     torch.testing.assert_close(found, expected)
+
+
+def test_places_that_one_tap_passes_over_are_no_part_of_the_circle():
+    weight = torch.randn(6, 4, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    circle = circle_of(as_layer(weight, [9, 8], stride=(2, 3)))
+    assert circle.whole
+    assert circle.kernel.shape == (1, 6, 4, 1, 1)
+    values = torch.linalg.svdvals(weight.flatten(1)).repeat_interleave(15)
+    torch.testing.assert_close(singular_values(weight, [9, 8], stride=(2, 3))[: 4 * 15], values)
 
 
 def test_whole_circles_need_no_matrix():
