@@ -1,7 +1,6 @@
 """The promise: whichever engine trains them, whoever kills what, the rows are the same, and no process stays behind."""
 
 import dataclasses
-import json
 import multiprocessing
 import os
 import signal
@@ -16,6 +15,8 @@ import pytest
 import torch
 
 engines = pytest.importorskip("train.engines", reason="away from the source tree")
+from small_training import without_times  # noqa: E402
+
 from train import rows, run  # noqa: E402
 from train.cell import Cell, protocol  # noqa: E402
 from train.data import load  # noqa: E402
@@ -28,14 +29,6 @@ CELLS = [Cell("vgg11", "plain"), Cell("vgg11", "clip", 0.5), Cell("vgg11", "l1-d
 COMMAND = [sys.executable, "-m", "train", "table2", "--dataset", "synthetic", "--jobs", "2"]
 COMMAND += [f"--{name.replace('_', '-')}={value}" for name, value in CHANGES.items()]
 COMMAND += ["--only", "vgg11-plain-*", "vgg11-clip-0.5-*"]
-
-
-def without_times(row):
-    row = json.loads(json.dumps(row))
-    del row["seconds"], row["made"]
-    for entry in row["history"]:
-        del entry["seconds"]
-    return row
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,8 @@ from .circle import Arc, Circle, circle_of, half_grid, symbol
 from .krylov import Lanczos
 
 MORE_THAN_TAPS = 9  # so many more frequencies are tried on an axis
-ROUND, ROUGH_ROUND = 7, 5  # steps, before
-KEPT = 4  # one of so many waves is kept
+ROUND, ROUGH_ROUND = 7, 5  # steps of all waves before the best are chosen
+ONE_OF = 4  # waves is kept
 ROUGH = 1e-3
 BELOW = 0.95  # of the largest square so far, what the iteration damps
 SHARPER = 0.1  # than asked, that the wave is no worse than the search
@@ -47,6 +47,8 @@ def first_wave(layer: Layer, rtol: float) -> Tensor | None:
     """[1, channels, *in_shape]: the layer's wave; none where it costs as much as the search that it would begin, or
     where inputs that the padding repeats may be passed on more.
     """
+    if not layer.in_shape:
+        return None  # before the weight is copied: a matrix is its own circle
     circle = circle_of(layer)
     tried = half_grid([_tried(k) for k in circle.kernel.shape[3:]])
     through_taps = len(tried) * circle.kernel[:, :, 0].numel() * torch.complex64.itemsize
@@ -101,10 +103,10 @@ def largest_wave(circle: Circle, phases: Tensor, round_steps: int) -> Wave:
             damped = BELOW * squares[:, None]
             channels, before = returned - damped / 2 * channels - (damped / 4).square() * before, channels
         waves = squares.shape[1]
-        if waves <= KEPT:
+        if waves <= ONE_OF:
             group, wave = divmod(int(squares.argmax()), waves)
             return Wave(group, phases[group, :, wave], channels[group, :, wave])
-        kept = squares.topk(-(-waves // KEPT)).indices[:, None]
+        kept = squares.topk(-(-waves // ONE_OF)).indices[:, None]
         phases, tone, channels, before = (x.take_along_dim(kept, 2) for x in (phases, tone, channels, before))
         beside = beside / 2
 
