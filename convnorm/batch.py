@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -44,6 +44,7 @@ class Batch:
         self.weights = [weight_of(use) for use in uses]
         self._owners = [use.module._parameters for use in uses]
         self._dtype = self.weights[0].dtype
+        self._ahead: list[int] | None = None  # the versions of what the newest terms, if they are, were written from
 
     def _remember(self, weights: Sequence[Tensor], layers: Sequence[LayerPlan]) -> None:
         self.plan = "".join(layer.text for layer in layers)
@@ -62,24 +63,42 @@ class Batch:
         """[1], the steps so far."""
         return self.state.clock
 
-    def step(self, scale: float | Tensor, measured: bool = False) -> None:
-        """grads += scale * rates * h"""
+    def step(self, rates: Tensor) -> None:
+        """grads += rates * h"""
+        self._ahead = None
         grads = [weight.grad if weight.requires_grad else None for weight in self.weights]
         grads = [self._no_grad if grad is None else grad for grad in grads]
-        rates = self.rates if isinstance(scale, (int, float)) and scale == 1 else self.rates * scale
         try:
-            library.decay(self.weights, grads, self.state, rates, self.momentum, self.plan, self.linf, measured)
+            library.decay(self.weights, grads, self.state, rates, self.momentum, self.plan, self.linf)
         except (RuntimeError, NotImplementedError):
             self._refuse(grads)
             raise
 
-    def signed(self, scale: float | Tensor, maximized: Collection[Tensor]) -> Tensor:
-        """[layers], the scale, with the other sign for weights that an optimizer's step takes up their gradients."""
-        signs = torch.ones_like(self.rates)
-        for i, weight in enumerate(self.weights):
-            if weight in maximized:
-                signs[i].fill_(-1)  # to assign a number is to copy a tensor of the host, and to wait
-        return signs * scale
+    def is_written_ahead(self) -> bool:
+        """Whether the newest terms are those of the weights as they are, written by an optimizer that made these."""
+        return self._ahead is not None and self._ahead == self._versions()
+
+    def is_now_written_ahead(self) -> None:
+        self._ahead = self._versions()
+
+    def _versions(self) -> list[int]:
+        """Of what is written from, and of the winners: a state that is loaded brings others."""
+        return [tensor._version for tensor in (*self.weights, self.state.winners)]
+
+    def scaled_rates(self, scale: float | Tensor, maximized: Collection[Tensor]) -> Tensor:
+        """[layers], of the other sign for weights that an optimizer's step takes up their gradients."""
+        rates = self.rates
+        if isinstance(scale, Tensor):
+            rates = rates * scale.to(rates.device)
+        elif scale != 1:
+            rates = rates * scale
+        if maximized:
+            signs = torch.ones_like(rates)
+            for i, weight in enumerate(self.weights):
+                if weight in maximized:
+                    signs[i].fill_(-1)  # to assign a number is to copy a tensor of the host, and to wait
+            rates = rates * signs
+        return rates
 
     def _refuse(self, grads: Sequence[Tensor]) -> None:
         for use, grad in zip(self.uses, grads, strict=True):
@@ -91,8 +110,8 @@ class Batch:
                 )
 
     def is_finite(self) -> bool:
-        """Whether all norms are, of a batch on the CPU. By way of numpy, which takes less time than PyTorch's calls."""
-        return bool(np.isfinite(self.norms.numpy()).all())
+        """Whether all norms are, of a batch on the CPU. By way of Python's numbers: its functions are in the cache."""
+        return all(map(math.isfinite, self.norms.tolist()))
 
     def replaced(self) -> list[int]:
         """Which layers have another weight by now."""

@@ -96,25 +96,29 @@ class NormDecay:
 
     # --- in the loop -------------------------------------------------------------------------------------------------
 
-    def step(
-        self, scale: float | Tensor = 1, measured: Sequence[Batch] = (), maximized: Collection[Tensor] = ()
-    ) -> None:
+    def step(self, scale: float | Tensor = 1, maximized: Collection[Tensor] = ()) -> None:
         """Add to the gradients. ``scale`` is what the loss was multiplied by, if the gradients still are.
 
-        The norms of the ``measured`` ones of ``batches()`` are those of the weights already. Where an optimizer goes up
-        the gradients of weights, those are ``maximized``: there the norms are subtracted, so that they fall.
+        Where an optimizer goes up the gradients of weights, those are ``maximized``: there the norms are subtracted, so
+        that they fall.
         """
+        for batch, rates in self.begin_step(scale, maximized):
+            batch.step(rates)
+        self.end_step()
+
+    def begin_step(self, scale: float | Tensor, maximized: Collection[Tensor]) -> list[tuple[Batch, Tensor]]:
+        """The batches, with the rates of a step of theirs, for whoever takes it."""
         batches = self.batches()
         if not torch.compiler.is_compiling():
             self._held.warn_of_gone("NormDecay")
         if self._schedule is not None:
             self._set_beta(self._schedule(self._steps))
             self._steps += 1
-        for batch in batches:
-            own = scale.to(batch.rates.device) if isinstance(scale, Tensor) else scale
-            batch.step(batch.signed(own, maximized) if maximized else own, batch in measured)
+        return [(batch, batch.scaled_rates(scale, maximized)) for batch in batches]
+
+    def end_step(self) -> None:
         self._has_norms = True
-        if not torch.compiler.is_compiling() and not all(batch.is_finite() for batch in batches if batch.norms.is_cpu):
+        if not torch.compiler.is_compiling() and not all(b.is_finite() for b in self._batches if b.norms.is_cpu):
             self.check()
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:

@@ -56,8 +56,9 @@ DECAY = (
     "Tensor(e!) channels, Tensor(f!) clock, Tensor rates, float momentum, str plan, bool linf, bool measured) -> ()"
 )
 SGD = (
-    "(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] buffers, Tensor(c!) norms, Tensor(d!) winners, "
-    "float[] rates, int[] flags, str plan, bool linf) -> ()"
+    "(Tensor(a!)[] weights, Tensor(b!)[] grads, Tensor(c!)[] buffers, bool[] first, int[] groups, float[] group_rates, "
+    "Tensor(d!) norms, Tensor(e!) winners, Tensor(f!) signs, Tensor(g!) channels, Tensor(h!) clock, Tensor rates, "
+    "float momentum, str plan, bool linf, bool known) -> ()"
 )
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

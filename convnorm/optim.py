@@ -20,6 +20,7 @@ from .decay import NormDecay, maximized_by, scale_of
 from .gradients import PLAIN
 
 WIDE = (torch.float32, torch.float64)
+RATES = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 OPTIONS = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize", "foreach", "fused")
 
 
@@ -44,15 +45,10 @@ class SGD(torch.optim.SGD):
         super().__init__(*args, **kwargs)
         self.norm_decay = norm_decay
         norm_decay.warn_of_missing(self)
-        self._measured: tuple[Batch, list[int]] | None = None  # layers whose norms are known, of weights of a version
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: those of PyTorch's optimizers hold nothing of their own."""
         return super().__getstate__() | {"norm_decay": self.norm_decay}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._measured = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -61,65 +57,68 @@ class SGD(torch.optim.SGD):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        fitting = [
-            (weight, group)
-            for group in self.param_groups
+        fitting = {
+            id(weight): (weight, number)
+            for number, group in enumerate(self.param_groups)
             if not group["differentiable"]
             for weight in group["params"]
             if _fits(weight)
-        ]
-        batch = self._read_once({id(weight) for weight, _ in fitting})
-        known = [] if batch is None or self._measured != (batch, _versions_of(batch)) else [batch]
-        self.norm_decay.step(scale_of(self), known, maximized_by(self))
-        self._measured = None
-        if batch is None:
-            fitting = []
+        }
+        due = self.norm_decay.begin_step(scale_of(self), maximized_by(self))
+        together = self._together(due, fitting)
+        known = together is not None and together[0].is_written_ahead()
+        for batch, rates in due:
+            if not (known and batch is together[0]):
+                batch.step(rates)
+        self.norm_decay.end_step()
+        if together is None:
+            fitting = {}
         else:
-            self._step_and_measure(batch, fitting)
+            self._step_together(*together, known, fitting)
         if len(fitting) < sum(len(group["params"]) for group in self.param_groups):
-            self._step_others({id(weight) for weight, _ in fitting})
+            self._step_others(fitting)
         return loss
 
-    def _read_once(self, fitting: Collection[int]) -> Batch | None:
-        """The layers that are stepped and measured in one read, if they all can be."""
+    def _together(self, due: Sequence[tuple[Batch, Tensor]], fitting: Collection[int]) -> tuple[Batch, Tensor] | None:
+        """The layers that are stepped and measured in one read, if they all can be, and their rates."""
         if getattr(self, "found_inf", None) is not None:
             return None
         whole = [
-            batch
-            for batch in self.norm_decay.batches()
-            if type(batch) is Batch and all(id(weight) in fitting for weight in batch.weights)
+            (batch, rates)
+            for batch, rates in due
+            if type(batch) is Batch and all(id(weight) in fitting and weight.requires_grad for weight in batch.weights)
         ]
         alone = len(whole) == 1  # there are more where layers share a weight
         return whole[0] if alone and backend_for(torch.device("cpu")) == "native" else None
 
-    def _step_and_measure(self, batch: Batch, fitting: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> None:
+    def _step_together(
+        self, batch: Batch, decays: Tensor, known: bool, fitting: Mapping[int, tuple[Tensor, int]]
+    ) -> None:
         """All these weights, those of the layers first."""
-        places = {id(weight): i for i, (weight, _) in enumerate(fitting)}
-        layers = [places.pop(id(weight)) for weight in batch.weights]
-        rates_of, flags_of = {}, {}
-        for group in self.param_groups:
-            rates_of[id(group)] = [float(group[name]) for name in ("lr", "momentum", "dampening", "weight_decay")]
-            flags_of[id(group)] = group["nesterov"] + 2 * group["maximize"]
-        weights, buffers, rates, flags, no_buffer = [], [], [], [], torch.empty(0)
-        for weight, group in [fitting[i] for i in (*layers, *places.values())]:
-            buffer, first = no_buffer, False
-            if group["momentum"] != 0:
+        others = dict(fitting)
+        stepped = [others.pop(id(weight)) for weight in batch.weights] + [*others.values()]
+        rates = [float(group[name]) for group in self.param_groups for name in RATES]
+        with_momentum = [group["momentum"] != 0 for group in self.param_groups]
+        weights, numbers = map(list, zip(*stepped, strict=True))
+        buffers, first, no_buffer = [], [], torch.empty(0)
+        for weight, number in stepped:
+            buffer, new = no_buffer, False
+            if with_momentum[number]:
                 state = self.state[weight]
                 buffer = state.get("momentum_buffer")
-                first = buffer is None
-                if first or not (buffer.is_contiguous() and buffer.dtype == weight.dtype):  # as the weight has been
-                    new = torch.empty_like(weight)
-                    buffer = state["momentum_buffer"] = new if first else new.copy_(buffer)
-            weights.append(weight)
+                new = buffer is None
+                if new or not (buffer.is_contiguous() and buffer.dtype == weight.dtype):  # as the weight has been
+                    empty = torch.empty_like(weight)
+                    buffer = state["momentum_buffer"] = empty if new else empty.copy_(buffer)
             buffers.append(buffer)
-            rates += rates_of[id(group)]
-            flags.append(flags_of[id(group)] + 4 * first)
+            first.append(new)
         grads = [weight.grad for weight in weights]
         torch.ops.convnorm.sgd_native(
-            weights, grads, buffers, batch.state.norms, batch.state.winners, rates, flags, batch.plan, batch.linf
-        )
-        torch.autograd.graph.increment_version([*weights, *buffers])
-        self._measured = batch, _versions_of(batch)
+            weights, grads, buffers, first, numbers, rates,
+            *batch.state.tensors(), decays, batch.momentum, batch.plan, batch.linf, known,
+        )  # fmt: skip
+        torch.autograd.graph.increment_version(weights)
+        batch.is_now_written_ahead()
 
     def _step_others(self, done: Collection[int]) -> None:
         for group in self.param_groups:
@@ -146,8 +145,3 @@ def _fits(weight: Tensor) -> bool:
         and weight.is_contiguous()
         and grad.is_contiguous()
     )
-
-
-def _versions_of(batch: Batch) -> list[int]:
-    """Of its weights, and of the winners: a state that is loaded brings others."""
-    return [tensor._version for tensor in (*batch.weights, batch.state.winners)]

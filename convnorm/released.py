@@ -42,8 +42,8 @@ class Released(Batch):
         self._averages = [torch.zeros_like(weight) for weight in self.weights]
 
     @torch.no_grad()
-    def step(self, scale: float | Tensor, measured: bool = False) -> None:
-        state, which, rates = self.state, int(self.linf), self.rates * scale
+    def step(self, rates: Tensor) -> None:
+        state, which = self.state, int(self.linf)
         values = library.read(self.weights, self.plan)
         state.norms.copy_(values[which])
         state.winners.copy_(values[2][:, which])

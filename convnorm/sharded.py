@@ -157,9 +157,9 @@ class Sharded(Batch):
         return torch.stack(every)
 
     @torch.no_grad()
-    def step(self, scale: float | Tensor = 1, measured: bool = False) -> None:
-        """grads += scale * rates * h, each rank its own rows; ``measured`` or not, it measures."""
-        weights, state, rates = self._own(self.weights), self.state, self.rates * scale
+    def step(self, rates: Tensor) -> None:
+        """grads += rates * h, each rank its own rows."""
+        weights, state = self._own(self.weights), self.state
         self._measure(weights)
         if self._at_once:
             grads = [self._no_grad if grad is None else grad for grad in map(self._own_grad, range(len(weights)))]
