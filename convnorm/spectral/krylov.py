@@ -18,6 +18,7 @@ import math
 import sys
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -110,18 +111,18 @@ class Lanczos:
 
     def ritz(self) -> float:
         """The square of the largest singular value found."""
-        return torch.linalg.eigvalsh(self._projected()).max().item()
+        return float(np.linalg.eigvalsh(self._projected())[-1])
 
-    def _projected(self) -> Tensor:
+    def _projected(self) -> np.ndarray:
         """The Gram matrix in coordinates of the basis."""
-        beside = torch.tensor(self._beside[:-1], dtype=torch.float64, device="cpu")
-        diagonal = torch.diag(torch.tensor(self._diagonal, dtype=torch.float64, device="cpu"))
-        return diagonal + torch.diag(beside, 1) + torch.diag(beside, -1)
+        beside = self._beside[:-1]
+        return np.diag(self._diagonal) + np.diag(beside, 1) + np.diag(beside, -1)
 
     def right(self) -> Tensor:
         """[1, channels, *in_shape]: the input whose image is the longest found."""
         basis = self._basis[: self.steps]
-        side = (torch.linalg.eigh(self._projected())[1][:, -1].to(basis) @ basis).view(self._shape).movedim(-1, 1)
+        largest = torch.from_numpy(np.linalg.eigh(self._projected())[1][:, -1]).to(basis)
+        side = (largest @ basis).view(self._shape).movedim(-1, 1)
         if self._on_inputs:
             return side
         right = self._there(side)

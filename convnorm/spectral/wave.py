@@ -30,6 +30,7 @@ ROUGH = 1e-3
 BELOW = 0.95  # of the largest square so far, what the iteration damps
 SHARPER = 0.1  # than asked, that the wave is no worse than the search
 STEPS = 300
+DECOMPOSED = 64  # columns or rows: of so few a decomposition takes less time
 LOOKING = 10  # channels: what they cost, so much does a look at the frequencies beside
 MEMORY = 1 << 28  # bytes that the waves may take
 
@@ -64,7 +65,7 @@ def over_inputs(layer: Layer, circle: Circle, wave: Wave, rtol: float) -> Tensor
     frequency = [_on(arc, phase) for arc, phase in zip(circle.arcs, wave.phases.tolist(), strict=True)]
     group = replace(circle, kernel=circle.kernel[wave.group : wave.group + 1].detach())
     matrix = symbol(group, torch.tensor([frequency], dtype=torch.float64, device="cpu"))[0, 0]
-    channels = refined(matrix, wave.channels, rtol)
+    channels = refined(matrix, wave.channels, rtol).to(matrix)
     own = spread(layer, circle, frequency, matrix @ channels if layer.transposed else channels)
     every = own.new_zeros(layer.groups, *own.shape)
     every[wave.group] = own
@@ -112,17 +113,20 @@ def largest_wave(circle: Circle, phases: Tensor, round_steps: int) -> Wave:
 
 
 def refined(matrix: Tensor, channels: Tensor | None, rtol: float) -> Tensor:
-    """The largest singular vector of a complex matrix to about ``rtol``, by Lanczos, from ``channels``."""
-    real, imaginary = matrix.real.float(), matrix.imag.float()
-    start = None if channels is None else torch.cat([channels.real, channels.imag])[None]
-    if is_real := not imaginary.any():
-        process = Lanczos(as_layer(real), None if start is None else start[:, : len(channels)])
-    else:
-        both = torch.cat([torch.cat([real, -imaginary], 1), torch.cat([imaginary, real], 1)])
-        process = Lanczos(as_layer(both), start)
+    """The largest right singular vector of a complex matrix to about ``rtol``, from ``channels``; real, where it is."""
+    if is_real := not matrix.imag.any():
+        matrix = matrix.real
+    if min(matrix.shape) <= DECOMPOSED:
+        return torch.linalg.svd(matrix, full_matrices=False)[2][0].conj()
+    if channels is not None:
+        channels = channels.real if is_real else torch.cat([channels.real, channels.imag])
+    if not is_real:
+        real, imaginary = matrix.real, matrix.imag
+        matrix = torch.cat([torch.cat([real, -imaginary], 1), torch.cat([imaginary, real], 1)])
+    process = Lanczos(as_layer(matrix.float()), None if channels is None else channels[None])
     process.run(SHARPER * rtol, STEPS)
     right = process.right()[0]
-    return (torch.complex(right, torch.zeros_like(right)) if is_real else torch.complex(*right.chunk(2))).to(matrix)
+    return right if is_real else torch.complex(*right.chunk(2))
 
 
 def spread(layer: Layer, circle: Circle, frequency: list[float], channels: Tensor) -> Tensor:
@@ -163,9 +167,9 @@ def _tone(places: Tensor, phases: Tensor) -> Tensor:
 
 def _times(matrix: Tensor, vectors: Tensor) -> Tensor:
     """A real matrix, read once, times complex vectors."""
-    return torch.complex(*(matrix @ torch.cat([vectors.real, vectors.imag], 2)).chunk(2, 2))
+    return torch.view_as_complex((matrix @ torch.view_as_real(vectors).flatten(2)).unflatten(2, (-1, 2)))
 
 
 def _squares(vectors: Tensor, dim: int) -> Tensor:
     """Squared lengths of complex vectors: PyTorch's own norm of these takes many times as long."""
-    return (vectors * vectors.conj()).real.sum(dim)
+    return torch.view_as_real(vectors).square().sum(dim).sum(-1)
