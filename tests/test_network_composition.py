@@ -54,6 +54,30 @@ def random_layer(rng, in_shape, channel, spatial):
     return LayerOperator(layer, tuple(in_shape), channel, axes)
 
 
+class Residual(nn.Module):
+    def __init__(self, count):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(count))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def plain(count):
+    return nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(count)))
+
+
+@pytest.mark.parametrize("model_of", [plain, Residual])
+def test_hundreds_of_linear_operations_are_composed_some_at_a_time(model_of):
+    torch.manual_seed(0)
+    few, many = model_of(5).double(), model_of(300).double()
+    assert lipschitz(few, [1, 2], ord=1).upper == pytest.approx(norm_of(matrix_of(few, (2,)), 1), rel=1e-6)
+    bound = lipschitz(many, [1, 2], ord=1)
+    assert norm_of(matrix_of(many, (2,)), 1) <= bound.upper < 0.1 * bound.product
+
+
 @pytest.mark.parametrize("ord", ORDS)
 def test_a_stride_over_one_place_does_not_spread_circular_padding(ord):
     model = nn.Sequential(nn.Conv2d(2, 3, 1, 2), nn.Conv2d(3, 2, 3, padding=1, padding_mode="circular")).double()

@@ -37,13 +37,15 @@ Shape = tuple[int, ...]
 class Operator(ABC):
     """A linear map of tensors ``[*in_shape]`` to ``[*out_shape]``.
 
-    ``terms`` is the number of products that one output sums up, at most; ``work`` that of all multiplications.
+    ``terms`` is the number of products that one output sums up, at most; ``work`` that of all multiplications;
+    ``operators`` that of the single ones that it applies.
     """
 
     in_shape: Shape
     out_shape: Shape
     terms: int = 1
     work: int = 0
+    operators: int = 1
     composite = False
 
     @abstractmethod
@@ -260,6 +262,10 @@ class Product(Operator):
     def work(self) -> int:
         return self.first.work + self.second.work
 
+    @cached_property
+    def operators(self) -> int:
+        return self.first.operators + self.second.operators
+
     def __call__(self, x: Tensor) -> Tensor:
         return self.second(self.first(x))
 
@@ -293,6 +299,10 @@ class Merged(Operator):
     @property
     def work(self) -> int:
         return self.parts.work
+
+    @property
+    def operators(self) -> int:
+        return self.parts.operators
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.parts(x)  # of stored weights, not of computed ones
@@ -328,6 +338,10 @@ class Total(Operator):
     def work(self) -> int:
         return self.one.work + self.other.work
 
+    @cached_property
+    def operators(self) -> int:
+        return self.one.operators + self.other.operators
+
     def __call__(self, x: Tensor) -> Tensor:
         return self.one(x) + self.other(x)
 
@@ -362,6 +376,10 @@ class Stack(Operator):
     @property
     def work(self) -> int:
         return sum(part.work for part in self.parts)
+
+    @cached_property
+    def operators(self) -> int:
+        return sum(part.operators for part in self.parts)
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.cat([part(x) for part in self.parts], self.axis)

@@ -18,6 +18,8 @@ from .merge import add, compose
 from .operators import Operator, Scalar, Shape, Stack
 from .rounding import Number, joined, plus, times
 
+MOST_COMPOSED = 128  # operators: the matrix of each is computed through all before it
+
 
 @dataclass(eq=False)
 class Step:
@@ -64,6 +66,8 @@ class Linear(Step):
     @cached_property
     def terms(self) -> list[tuple[Step, Operator]]:
         (source,) = self.inputs
+        if _is_long(source):
+            return super().terms
         return [(anchor, compose(self.operator, before)) for anchor, before in source.terms]
 
 
@@ -99,7 +103,7 @@ class Concatenation(Joint):
     @cached_property
     def terms(self) -> list[tuple[Step, Operator]]:
         anchors = {anchor for source in self.inputs for anchor, _ in source.terms}
-        if len(anchors) > 1 or any(len(source.terms) > 1 for source in self.inputs):
+        if len(anchors) > 1 or any(len(source.terms) > 1 or _is_long(source) for source in self.inputs):
             return super().terms
         return [(*anchors, Stack(tuple(source.terms[0][1] for source in self.inputs), self.axis))]
 
@@ -114,6 +118,11 @@ class Sum(Step):
     @cached_property
     def terms(self) -> list[tuple[Step, Operator]]:
         # a sum of sums stands on these, lest every step of a residual network had terms from all blocks before it
-        parts = [s.terms[0] if len(s.terms) == 1 else (s, Scalar(s.shape)) for s in self.inputs]
+        alone = [len(source.terms) == 1 and not _is_long(source) for source in self.inputs]
+        parts = [s.terms[0] if one else (s, Scalar(s.shape)) for s, one in zip(self.inputs, alone, strict=True)]
         (anchor, one), (other_anchor, other) = parts
         return [(anchor, add(one, other))] if anchor is other_anchor else parts
+
+
+def _is_long(step: Step) -> bool:
+    return any(operator.operators >= MOST_COMPOSED for _, operator in step.terms)
