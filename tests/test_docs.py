@@ -111,7 +111,7 @@ def exported():
 
 EXPORTED = exported()
 DETAILED = (convnorm.NormDecay, convnorm.Projection, convnorm.Recorder, convnorm.Report, convnorm.Comparison)
-INTERNAL = {f"convnorm.{name}" for name in ("NormDecay.batches", "NormDecay.warn_of_missing")}
+INTERNAL = {f"convnorm.NormDecay.{name}" for name in ("batches", "warn_of_missing", "begin_step", "end_step")}
 
 
 def documented():
