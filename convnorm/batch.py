@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,10 +77,14 @@ class Batch:
 
     def is_written_ahead(self) -> bool:
         """Whether the newest terms are those of the weights as they are, written by an optimizer that made these."""
-        return self._ahead is not None and self._ahead == self._versions()
+        return self._ahead == self._versions()
 
-    def is_now_written_ahead(self) -> None:
+    def mark_written_ahead(self) -> None:
         self._ahead = self._versions()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, whose weights count their versions anew."""
+        return self.__dict__ | {"_ahead": None}
 
     def _versions(self) -> list[int]:
         """Of what is written from, and of the winners: a state that is loaded brings others."""

@@ -7,7 +7,7 @@ a few slices to the gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -64,28 +64,28 @@ class SGD(torch.optim.SGD):
             for weight in group["params"]
             if _fits(weight)
         }
-        due = self.norm_decay.begin_step(scale_of(self), maximized_by(self))
+        due = dict(self.norm_decay.begin_step(scale_of(self), maximized_by(self)))
         together = self._together(due, fitting)
-        known = together is not None and together[0].is_written_ahead()
-        for batch, rates in due:
-            if not (known and batch is together[0]):
+        known = together is not None and together.is_written_ahead()
+        for batch, rates in due.items():
+            if not (known and batch is together):
                 batch.step(rates)
         self.norm_decay.end_step()
         if together is None:
             fitting = {}
         else:
-            self._step_together(*together, known, fitting)
+            self._step_together(together, due[together], known, fitting)
         if len(fitting) < sum(len(group["params"]) for group in self.param_groups):
             self._step_others(fitting)
         return loss
 
-    def _together(self, due: Sequence[tuple[Batch, Tensor]], fitting: Collection[int]) -> tuple[Batch, Tensor] | None:
-        """The layers that are stepped and measured in one read, if they all can be, and their rates."""
+    def _together(self, due: Iterable[Batch], fitting: Collection[int]) -> Batch | None:
+        """The layers that are stepped and measured in one read, if they all can be."""
         if getattr(self, "found_inf", None) is not None:
             return None
         whole = [
-            (batch, rates)
-            for batch, rates in due
+            batch
+            for batch in due
             if type(batch) is Batch and all(id(weight) in fitting and weight.requires_grad for weight in batch.weights)
         ]
         alone = len(whole) == 1  # there are more where layers share a weight
@@ -118,7 +118,7 @@ class SGD(torch.optim.SGD):
             *batch.state.tensors(), decays, batch.momentum, batch.plan, batch.linf, known,
         )  # fmt: skip
         torch.autograd.graph.increment_version(weights)
-        batch.is_now_written_ahead()
+        batch.mark_written_ahead()
 
     def _step_others(self, done: Collection[int]) -> None:
         for group in self.param_groups:

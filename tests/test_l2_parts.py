@@ -23,7 +23,7 @@ from convnorm.spectral.lanczos import search
 from convnorm.spectral.modes import largest_modes
 from convnorm.spectral.on_circle import GramSymbol, circle_phases, circle_upper, coarse_phases
 from convnorm.spectral.rayleigh import in_best_group
-from convnorm.spectral.wave import first_wave
+from convnorm.spectral.wave import DECOMPOSED, first_wave, refined
 
 # Lanczos
 
@@ -129,6 +129,25 @@ def test_the_first_wave_is_nearly_the_norm(name):
     assert 0.97 * of_circle <= attained <= (1 + 1e-5) * of_circle
     if "circular" in name:
         assert attained >= 0.9999 * of_circle
+
+
+@pytest.mark.parametrize("started", [True, False])
+@pytest.mark.parametrize("real", [True, False])
+@pytest.mark.parametrize(
+    "shape", [(5, 3), (DECOMPOSED + 6, DECOMPOSED + 20), (DECOMPOSED + 20, DECOMPOSED + 6)], ids=str
+)
+def test_a_wave_gets_the_best_channels(shape, real, started):
+    """Decomposed or searched for. Those of a real matrix are real, for only the real part of a wave is used."""
+    torch.manual_seed(0)
+    matrix = torch.randn(shape, dtype=torch.complex128)
+    if real:
+        matrix = matrix.real.to(matrix)
+    start = torch.randn(shape[1], dtype=torch.complex64) if started else None
+    channels = refined(matrix, start, 1e-3)
+    assert channels.is_complex() == (not real)
+    channels = channels.to(matrix)
+    attained = torch.linalg.vector_norm(matrix @ channels) / torch.linalg.vector_norm(channels)
+    torch.testing.assert_close(attained, torch.linalg.matrix_norm(matrix, 2), rtol=1e-3, atol=0)
 
 
 def test_inputs_that_padding_repeats_are_no_place_for_waves():

@@ -275,10 +275,32 @@ def test_norms_are_measured_again_for_another_norm_decay_and_another_state():
     state = decay.state_dict()
     for layer in state["layers"].values():
         layer["winner"][0] = (layer["winner"][0] + 1) % 3
+        layer["signs"].zero_()
     decay.load_state_dict(state)
     assert_same(added(), expected(1))
     optimizer.norm_decay = convnorm.NormDecay(model, [1, 3], ord=math.inf, beta=2.0, momentum=0)
     assert_same(added(), expected(math.inf))
+
+
+def test_norms_are_measured_again_after_a_step_of_norm_decay_alone():
+    """Which has used up the terms that were written ahead."""
+    results = []
+    for own in (True, False):
+        model = linear()
+        decay = convnorm.NormDecay(model, [1, 3], beta=2.0, momentum=0.5)
+        if own:
+            optimizer = convnorm.optim.SGD(model.parameters(), lr=0.1, norm_decay=decay)
+        else:
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            decay.attach(optimizer)
+        for step in range(4):
+            for layer in model:
+                layer.weight.grad = torch.zeros_like(layer.weight)
+            if step == 2:
+                decay.step()
+            optimizer.step()
+        results.append(list(model.parameters()))
+    assert_same(*results, torch.float64)
 
 
 def test_a_layer_that_is_used_later_begins_its_momentum_then():
@@ -359,6 +381,33 @@ def test_a_copy_goes_on(duplicate):
     other, other_optimizer = duplicate((model, optimizer))
     assert other_optimizer.norm_decay is not decay
     assert_same(train(model, optimizer, 3, seed=1), train(other, other_optimizer, 3, seed=1))
+
+
+def test_a_copy_counts_versions_anew():
+    """A copy whose weight happens to be at the version of the original's is not taken to be the original."""
+    layer = nn.Linear(3, 3).double()
+    decay = convnorm.NormDecay(layer, [1, 3], beta=1.0, momentum=0)
+    optimizer = convnorm.optim.SGD(layer.parameters(), lr=0.0, norm_decay=decay)
+    decay.load_state_dict(decay.state_dict())  # which counts, as copying does
+    layer.weight.grad = torch.zeros(3, 3, dtype=torch.float64)
+    optimizer.step()
+    other, other_optimizer = copy.deepcopy((layer, optimizer))
+    with torch.no_grad():
+        other.weight.copy_(torch.randn(3, 3, dtype=torch.float64))
+        while other.weight._version < layer.weight._version:
+            other.weight.neg_()
+    other.weight.grad = torch.zeros(3, 3, dtype=torch.float64)
+    other_optimizer.step()
+    assert_same([other.weight.grad], [convnorm.subgradient(other, ord=1).to_dense()])
+
+
+def test_a_weight_that_is_frozen_with_a_gradient_is_not_decayed():
+    def freeze(model, step):
+        for layer in model:
+            layer.weight.grad = torch.zeros_like(layer.weight)
+        model[1].weight.requires_grad_(step < 2)
+
+    assert_same(*loops(freeze, lr=0.1), torch.float64)
 
 
 class Words(nn.Module):

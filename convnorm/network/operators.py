@@ -38,14 +38,14 @@ class Operator(ABC):
     """A linear map of tensors ``[*in_shape]`` to ``[*out_shape]``.
 
     ``terms`` is the number of products that one output sums up, at most; ``work`` that of all multiplications;
-    ``operators`` that of the single ones that it applies.
+    ``count`` that of the single operators that it applies.
     """
 
     in_shape: Shape
     out_shape: Shape
     terms: int = 1
     work: int = 0
-    operators: int = 1
+    count: int = 1
     composite = False
 
     @abstractmethod
@@ -263,8 +263,8 @@ class Product(Operator):
         return self.first.work + self.second.work
 
     @cached_property
-    def operators(self) -> int:
-        return self.first.operators + self.second.operators
+    def count(self) -> int:
+        return self.first.count + self.second.count
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.second(self.first(x))
@@ -301,8 +301,8 @@ class Merged(Operator):
         return self.parts.work
 
     @property
-    def operators(self) -> int:
-        return self.parts.operators
+    def count(self) -> int:
+        return self.parts.count
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.parts(x)  # of stored weights, not of computed ones
@@ -339,8 +339,8 @@ class Total(Operator):
         return self.one.work + self.other.work
 
     @cached_property
-    def operators(self) -> int:
-        return self.one.operators + self.other.operators
+    def count(self) -> int:
+        return self.one.count + self.other.count
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.one(x) + self.other(x)
@@ -378,8 +378,8 @@ class Stack(Operator):
         return sum(part.work for part in self.parts)
 
     @cached_property
-    def operators(self) -> int:
-        return sum(part.operators for part in self.parts)
+    def count(self) -> int:
+        return sum(part.count for part in self.parts)
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.cat([part(x) for part in self.parts], self.axis)

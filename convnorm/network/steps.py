@@ -103,7 +103,7 @@ class Concatenation(Joint):
     @cached_property
     def terms(self) -> list[tuple[Step, Operator]]:
         anchors = {anchor for source in self.inputs for anchor, _ in source.terms}
-        if len(anchors) > 1 or any(len(source.terms) > 1 or _is_long(source) for source in self.inputs):
+        if len(anchors) > 1 or any(len(source.terms) > 1 for source in self.inputs):
             return super().terms
         return [(*anchors, Stack(tuple(source.terms[0][1] for source in self.inputs), self.axis))]
 
@@ -125,4 +125,4 @@ class Sum(Step):
 
 
 def _is_long(step: Step) -> bool:
-    return any(operator.operators >= MOST_COMPOSED for _, operator in step.terms)
+    return any(operator.count >= MOST_COMPOSED for _, operator in step.terms)

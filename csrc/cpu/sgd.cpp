@@ -48,6 +48,7 @@ void step(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, 
   const std::vector<Tensor> layers(weights.begin(), weights.begin() + plan.size());
   Terms<Term> terms(layers, grads, plan, state);
   if (known) {
+    terms.check_winners();
     terms.each([&](int64_t i) {
       terms.fetch(i);
       terms.add(i);
