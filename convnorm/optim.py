@@ -66,15 +66,14 @@ class SGD(torch.optim.SGD):
         }
         due = dict(self.norm_decay.begin_step(scale_of(self), maximized_by(self)))
         together = self._together(due, fitting)
-        known = together is not None and together.is_written_ahead()
         for batch, rates in due.items():
-            if not (known and batch is together):
+            if batch is not together:
                 batch.step(rates)
-        self.norm_decay.end_step()
         if together is None:
             fitting = {}
         else:
-            self._step_together(together, due[together], known, fitting)
+            self._step_together(together, due[together], fitting)
+        self.norm_decay.end_step()
         if len(fitting) < sum(len(group["params"]) for group in self.param_groups):
             self._step_others(fitting)
         return loss
@@ -91,9 +90,7 @@ class SGD(torch.optim.SGD):
         alone = len(whole) == 1  # there are more where layers share a weight
         return whole[0] if alone and backend_for(torch.device("cpu")) == "native" else None
 
-    def _step_together(
-        self, batch: Batch, decays: Tensor, known: bool, fitting: Mapping[int, tuple[Tensor, int]]
-    ) -> None:
+    def _step_together(self, batch: Batch, decays: Tensor, fitting: Mapping[int, tuple[Tensor, int]]) -> None:
         """All these weights, those of the layers first."""
         others = dict(fitting)
         stepped = [others.pop(id(weight)) for weight in batch.weights] + [*others.values()]
@@ -115,7 +112,7 @@ class SGD(torch.optim.SGD):
         grads = [weight.grad for weight in weights]
         torch.ops.convnorm.sgd_native(
             weights, grads, buffers, first, numbers, rates,
-            *batch.state.tensors(), decays, batch.momentum, batch.plan, batch.linf, known,
+            *batch.state.tensors(), decays, batch.momentum, batch.plan, batch.linf, batch.is_written_ahead(),
         )  # fmt: skip
         torch.autograd.graph.increment_version(weights)
         batch.mark_written_ahead()

@@ -10,7 +10,7 @@ inline int64_t padded(int64_t length) {
   return (length + kPadding - 1) / kPadding * kPadding;
 }
 
-constexpr int kStrands = 4;  // rows that are read side by side: blocks are whole multiples of them
+constexpr int kStrands = 4;  // of rows that are read side by side: blocks are whole multiples of them
 
 // A sum in float loses up to one rounding an addition. So no more than kMostRows rows are added to one float, then
 // doubles take over: 8e-6 relative at worst. Along a row likewise.
@@ -46,6 +46,7 @@ struct DenseBlock {
                                      // where those of the last segment reach beyond the end
   double* row_sums;                  // [rows][segments * period]; added to
   const SgdStretch* step = nullptr;  // with period 1: taken on each row before it is added up; null: none
+  bool in_order = false;             // rows are added up one after another, as with a step: then sums are rounded alike
 };
 
 // Any strides; taps merged or left out.

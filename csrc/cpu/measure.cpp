@@ -50,6 +50,7 @@ class Table {
 };
 
 struct Layer {
+  bool in_order;
   const SgdStretch* step;  // to be taken on it first; null: none
   Matrix matrix;
   const LayerPlan* plan;
@@ -189,7 +190,7 @@ void accumulate(const Layer& layer, int64_t group, int64_t row, int64_t rows, vo
   const Kernels& all = kernels();
   if (layer.dense && layer.period == 1) {
     all.dense[number]({data, rows, matrix.row_stride, matrix.row_length(), layer.segments, layer.period, table,
-                       row_sums, layer.step ? &step : nullptr});
+                       row_sums, layer.step ? &step : nullptr, layer.in_order});
     return;
   }
   if (layer.step) all.sgd[layer.number == Number::kDouble](step);
@@ -276,9 +277,7 @@ void run_all(std::vector<Layer>& layers, std::vector<Item>& items, float* float_
     work(0, 1);
 }
 
-}  // namespace
-
-void measure(const std::vector<Tensor>& weights, const Plan& plan, Norms norms, const Take& take,
+void measure(const std::vector<Tensor>& weights, const Plan& plan, Norms norms, const Take& take, bool in_order,
              const SgdStretch* steps) {
   std::vector<Layer> layers;
   std::vector<Item> items;
@@ -287,6 +286,7 @@ void measure(const std::vector<Tensor>& weights, const Plan& plan, Norms norms, 
   for (size_t i = 0; i < weights.size(); ++i) {
     layers.push_back(make_layer(weights[i], plan[i], norms));
     Layer& layer = layers.back();
+    layer.in_order = in_order;
     layer.step = steps ? steps + i : nullptr;
     const Matrix& matrix = layer.matrix;
     elements += matrix.groups * matrix.rows * matrix.row_length();
@@ -312,6 +312,16 @@ void measure(const std::vector<Tensor>& weights, const Plan& plan, Norms norms, 
   thread_local Table<double> double_memory;
   run_all(layers, items, float_memory.of_length(floats), double_memory.of_length(doubles), elements > kParallelElements,
           take);
+}
+
+}  // namespace
+
+void measure(const std::vector<Tensor>& weights, const Plan& plan, Norms norms, const Take& take) {
+  measure(weights, plan, norms, take, false, nullptr);
+}
+void measure_in_order(const std::vector<Tensor>& weights, const Plan& plan, Norms norms, const Take& take,
+                      const SgdStretch* steps) {
+  measure(weights, plan, norms, take, true, steps);
 }
 
 namespace {

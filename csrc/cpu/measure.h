@@ -31,9 +31,11 @@ struct LayerNorms {
 // Is told of each layer as soon as it is measured, by the thread that did, while others go on.
 using Take = std::function<void(int64_t layer, const LayerNorms&)>;
 
-// With `steps`, one for each weight, each block of a weight is measured right after its step, while it is in the cache.
-// That is for weights whose elements are one stretch of memory, contiguous.
-void measure(const std::vector<Tensor>& weights, const Plan& plan, Norms norms, const Take& take,
-             const SgdStretch* steps = nullptr);
+void measure(const std::vector<Tensor>& weights, const Plan& plan, Norms norms, const Take& take);
+
+// The same in another order of rows, and to other bits; with `steps`, one for each weight, each block of a weight is
+// measured right after its step, while it is in the cache. For weights whose elements are one stretch of memory.
+void measure_in_order(const std::vector<Tensor>& weights, const Plan& plan, Norms norms, const Take& take,
+                      const SgdStretch* steps);
 
 }  // namespace convnorm

@@ -40,28 +40,30 @@ std::vector<SgdStretch> steps_of(const std::vector<Tensor>& weights, const std::
   return steps;
 }
 
-// The newest terms that a step adds were written down by the step before, as soon as it had made the weights. Where
-// something else came between, they are not `known`: then norm decay has already been taken.
+// The newest terms that a step adds were written down by the step before, as soon as it had made the weights, and are
+// `known` if nothing came between.
 template <class Term>
 void step(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, const Plan& plan, const State& state,
           const std::vector<SgdStretch>& steps, bool known) {
   const std::vector<Tensor> layers(weights.begin(), weights.begin() + plan.size());
   Terms<Term> terms(layers, grads, plan, state);
-  if (known) {
+  const auto look = [&](const SgdStretch* steps) {
+    const auto write = [&](int64_t i, const LayerNorms& norms) {
+      state.found.take(i, norms);
+      terms.write(i);
+    };
+    measure_in_order(layers, plan, state.found.linf ? Norms::kLinf : Norms::kL1, write, steps);
+  };
+  if (known)
     terms.check_winners();
-    terms.each([&](int64_t i) {
-      terms.fetch(i);
-      terms.add(i);
-    });
-    terms.advance();
-  }
-  measure(
-      layers, plan, state.found.linf ? Norms::kLinf : Norms::kL1,
-      [&](int64_t i, const LayerNorms& norms) {
-        state.found.take(i, norms);
-        terms.write(i);
-      },
-      steps.data());
+  else
+    look(nullptr);
+  terms.each([&](int64_t i) {
+    terms.fetch(i);
+    terms.add(i);
+  });
+  terms.advance();
+  look(steps.data());
   for (size_t i = plan.size(); i < weights.size(); ++i) {
     const bool wide = weights[i].scalar_type() == ScalarType::Double;
     torch::stable::parallel_for(0, steps[i].length, kParallelStep, [&](int64_t begin, int64_t end) {
