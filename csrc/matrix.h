@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <array>
+#include <iterator>
+#include <map>
 #include <utility>
 #include <vector>
 
@@ -71,12 +73,44 @@ inline Matrix as_matrix(const Tensor& weight, const LayerPlan& plan) {
   return matrix;
 }
 
+inline int64_t size_of(ScalarType dtype) {
+  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+}
+
+// One number of a tensor of float32 or float64 on the CPU.
+inline void write_number(const Tensor& of, int64_t at, double number) {
+  if (of.scalar_type() == ScalarType::Double)
+    static_cast<double*>(of.mutable_data_ptr())[at] = number;
+  else
+    static_cast<float*>(of.mutable_data_ptr())[at] = static_cast<float>(number);
+}
+
 // Of an expanded tensor one element would be written many times.
 inline void check_apart(const Tensor& grad) {
   const auto sizes = grad.sizes(), strides = grad.strides();
   for (size_t i = 0; i < sizes.size(); ++i)
     STD_TORCH_CHECK(sizes[i] <= 1 || strides[i] != 0, "convnorm: elements of a gradient share memory");
 }
+
+// Stretches of memory, none of which reaches into another.
+class Apart {
+ public:
+  // That in which the tensor lies. False, and nothing is added, where it reaches into one that is here.
+  bool add(const Tensor& tensor) {
+    const auto sizes = tensor.sizes(), strides = tensor.strides();
+    int64_t last = 0;
+    for (size_t i = 0; i < sizes.size(); ++i) last += (sizes[i] - 1) * strides[i];
+    const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+    const uintptr_t end = begin + static_cast<uintptr_t>((last + 1) * size_of(tensor.scalar_type()));
+    const auto next = ends_.lower_bound(end);  // that begins past it; one before may reach over here
+    if (next != ends_.begin() && std::prev(next)->second > begin) return false;
+    ends_.emplace(begin, end);
+    return true;
+  }
+
+ private:
+  std::map<uintptr_t, uintptr_t> ends_;  // by where they begin
+};
 
 // What measure_native returns: see convnorm/library.py.
 struct Result {

@@ -179,3 +179,32 @@ def test_operator_is_sound():
         *["decay_native"] * (convnorm.backends()["cpu"]["native"] in ("serves", "available")),
     ):
         torch.library.opcheck(getattr(torch.ops.convnorm, name).default, (*arguments, 0.5, plan, False, False))
+
+
+@pytest.mark.skipif(not NATIVE, reason="the extension was not built")
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("norms", lambda norms: norms.half()),
+        ("norms", lambda norms: norms[:1]),
+        ("winners", lambda winners: winners.int()),
+        ("winners", lambda winners: winners.t()),
+        ("signs", lambda signs: signs.short()),
+        ("signs", lambda signs: signs[:, 1:].contiguous()),
+        ("signs", lambda signs: signs[:0]),
+        ("channels", lambda channels: channels[:1]),
+        ("channels", lambda channels: channels + 9),
+        ("clock", lambda clock: clock[:0]),
+        ("clock", lambda clock: clock.int()),
+        ("clock", lambda clock: clock - 1),
+    ],
+)
+def test_a_state_of_other_weights_is_refused(name, other):
+    """And no memory is written that is not its own."""
+    weights, case = [torch.randn(3, 3), torch.randn(3, 3)], Case((3, 3))
+    state = no_momentum(weights, 2 * case.plan, False, 0.5)
+    setattr(state, name, other(getattr(state, name)))
+    arguments = weights, weights, *state.tensors(), torch.ones(2, dtype=torch.float64), 0.5, 2 * case.plan, False
+    for measured in (False, True):
+        with pytest.raises(RuntimeError, match="the state of norm decay is of other weights"):
+            torch.ops.convnorm.decay_native(*arguments, measured)

@@ -22,8 +22,8 @@ void step(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, 
     terms.check_winners();
     terms.each(step_one);
   } else {
-    measure(weights, plan, state.found.linf ? Norms::kLinf : Norms::kL1, [&](int64_t i, const LayerNorms& norms) {
-      state.found.take(i, norms);
+    measure(weights, plan, state.linf ? Norms::kLinf : Norms::kL1, [&](int64_t i, const LayerNorms& norms) {
+      terms.take(i, norms);
       step_one(i);
     });
   }
@@ -36,8 +36,7 @@ void decay_cpu(const std::vector<Tensor>& weights, const std::vector<Tensor>& gr
   const auto plan = read_plan(text);
   STD_TORCH_CHECK(plan->size() == weights.size() && grads.size() == weights.size(),
                   "convnorm: the state is that of other weights");
-  const State state{{norms, winners, linf}, signs, channels, clock, rates, momentum};
-  state.check(static_cast<int64_t>(weights.size()));
+  const State state{norms, winners, signs, channels, clock, rates, momentum, linf};
   const auto run = signs.scalar_type() == ScalarType::Char ? step<int8_t> : step<int32_t>;
   run(weights, grads, *plan, state, measured);
 }

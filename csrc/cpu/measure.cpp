@@ -183,7 +183,7 @@ void accumulate(const Layer& layer, int64_t group, int64_t row, int64_t rows, vo
   const Matrix& matrix = layer.matrix;
   const int64_t offset = group * matrix.group_stride + row * matrix.row_stride;
   const int number = static_cast<int>(layer.number);
-  const int64_t size = layer.number == Number::kDouble ? 8 : layer.number == Number::kFloat ? 4 : 2;
+  const int64_t size = size_of(matrix.dtype);
   const void* data = static_cast<const char*>(matrix.data) + offset * size;
   SgdStretch step{};
   if (layer.step) step = layer.step->part(offset, rows * matrix.row_length(), size);
@@ -326,21 +326,13 @@ void measure_in_order(const std::vector<Tensor>& weights, const Plan& plan, Norm
 
 namespace {
 
-// One number of a tensor of float32 or float64.
-void write(Tensor& sums, int64_t at, double sum) {
-  if (sums.scalar_type() == ScalarType::Double)
-    static_cast<double*>(sums.mutable_data_ptr())[at] = sum;
-  else
-    static_cast<float*>(sums.mutable_data_ptr())[at] = static_cast<float>(sum);
-}
-
 std::tuple<Tensor, Tensor, Tensor> measure_cpu(const std::vector<Tensor>& weights, const std::string& text) {
   const auto plan = read_plan(text);
   Result result = new_result(weights, *plan);
   auto* winners = static_cast<int64_t*>(result.winners.mutable_data_ptr());
   measure(weights, *plan, Norms::kBoth, [&](int64_t layer, const LayerNorms& norms) {
-    write(result.l1, layer, norms.l1.value);
-    write(result.linf, layer, norms.linf.value);
+    write_number(result.l1, layer, norms.l1.value);
+    write_number(result.linf, layer, norms.linf.value);
     const int64_t places[] = {norms.l1.channel, norms.l1.window, norms.linf.channel, norms.linf.window};
     std::copy_n(places, 4, winners + 4 * layer);
   });
@@ -354,8 +346,8 @@ std::tuple<Tensor, Tensor> norms_cpu(const Tensor& weight, const std::string& te
   const int32_t dtype = sums_dtype(weights);
   Tensor l1 = new_tensor(weight, {}, dtype), linf = new_tensor(weight, {}, dtype);
   measure(weights, *plan, Norms::kBoth, [&](int64_t, const LayerNorms& norms) {
-    write(l1, 0, norms.l1.value);
-    write(linf, 0, norms.linf.value);
+    write_number(l1, 0, norms.l1.value);
+    write_number(linf, 0, norms.linf.value);
   });
   return {l1, linf};
 }

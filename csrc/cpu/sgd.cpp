@@ -49,10 +49,10 @@ void step(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, 
   Terms<Term> terms(layers, grads, plan, state);
   const auto look = [&](const SgdStretch* steps) {
     const auto write = [&](int64_t i, const LayerNorms& norms) {
-      state.found.take(i, norms);
+      terms.take(i, norms);
       terms.write(i);
     };
-    measure_in_order(layers, plan, state.found.linf ? Norms::kLinf : Norms::kL1, write, steps);
+    measure_in_order(layers, plan, state.linf ? Norms::kLinf : Norms::kL1, write, steps);
   };
   if (known)
     terms.check_winners();
@@ -80,8 +80,7 @@ void sgd_cpu(const std::vector<Tensor>& weights, const std::vector<Tensor>& grad
   const auto plan = read_plan(text);
   const auto steps = steps_of(weights, grads, buffers, first, groups, group_rates);
   STD_TORCH_CHECK(plan->size() <= weights.size(), "convnorm: the state is that of other weights");
-  const State state{{norms, winners, linf}, signs, channels, clock, rates, momentum};
-  state.check(static_cast<int64_t>(plan->size()));
+  const State state{norms, winners, signs, channels, clock, rates, momentum, linf};
   const auto run = signs.scalar_type() == ScalarType::Char ? step<int8_t> : step<int32_t>;
   run(weights, grads, *plan, state, steps, known);
 }

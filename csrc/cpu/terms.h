@@ -11,7 +11,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "../matrix.h"
+#include "../state.h"
 #include "accumulate.h"
 #include "measure.h"
 
@@ -178,54 +178,14 @@ void add_terms(const Matrix& grad, const Ring<Term>& ring, bool column, double r
     }
 }
 
-// Where the norms and the winners of each layer go.
-struct Found {
-  Tensor norms, winners;
-  bool linf;
-
-  void take(int64_t layer, const LayerNorms& measured) const {
-    const Best& best = linf ? measured.linf : measured.l1;
-    if (norms.scalar_type() == ScalarType::Double)
-      static_cast<double*>(norms.mutable_data_ptr())[layer] = best.value;
-    else
-      static_cast<float*>(norms.mutable_data_ptr())[layer] = static_cast<float>(best.value);
-    auto* place = static_cast<int64_t*>(winners.mutable_data_ptr()) + 2 * layer;
-    place[0] = best.channel;
-    place[1] = best.window;
-  }
-  Best winner(int64_t layer) const {
-    const auto* place = static_cast<const int64_t*>(winners.const_data_ptr()) + 2 * layer;
-    return {0, place[0], place[1]};
-  }
-};
-
-// What norm decay remembers of all layers.
-struct State {
-  Found found;
-  Tensor signs, channels, clock, rates;
-  double momentum;
-
-  void check(int64_t layers) const {
-    STD_TORCH_CHECK(found.norms.numel() == layers && found.winners.numel() == 2 * layers && signs.size(0) > 0 &&
-                        channels.numel() == signs.size(0) * layers && rates.numel() == layers &&
-                        rates.scalar_type() == ScalarType::Double && now() >= 0,
-                    "convnorm: the state is that of other weights");
-    for (const Tensor& tensor : {found.norms, found.winners, signs, channels, rates})
-      STD_TORCH_CHECK(tensor.is_contiguous(), "convnorm: the state must be contiguous");
-  }
-  int64_t now() const { return *static_cast<const int64_t*>(clock.const_data_ptr()); }
-};
-
 // The terms of all layers. Each layer by one thread, in one order: the same bits for any number of threads.
 template <class Term>
 class Terms {
  public:
   Terms(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, const Plan& plan, const State& state)
       : plan_(plan), state_(state), grads_(weights.size()) {
-    const int64_t layers = static_cast<int64_t>(weights.size()), terms = state.signs.size(0);
-    auto* signs = static_cast<Term*>(state.signs.mutable_data_ptr());
-    auto* channels = static_cast<int64_t*>(state.channels.mutable_data_ptr());
-    int64_t begin = 0;
+    const int64_t layers = static_cast<int64_t>(weights.size()), terms = state.terms();
+    std::vector<int64_t> begins{0};  // where the slice of each layer begins in a term
     for (int64_t i = 0; i < layers; ++i) {
       weights_.push_back(as_matrix(weights[i], plan[i]));
       if (grads[i].numel()) {
@@ -234,12 +194,19 @@ class Terms {
                         "convnorm: a gradient is that of another weight");
         check_apart(grads[i]);
       }
-      rings_.push_back({signs + begin, state.signs.size(1), channels + i, layers, terms, state.now() % terms});
-      begin += slice_length(weights_[i], column(i));
-      for (int64_t slot = 0; slot < terms; ++slot)  // a slice of a channel that there is not would be other memory
-        STD_TORCH_CHECK(rings_[i].channel(slot) < channels_of(i), "convnorm: the state is that of other weights");
+      begins.push_back(begins[i] + slice_length(weights_[i], column(i)));
     }
-    STD_TORCH_CHECK(begin == state.signs.size(1), "convnorm: the state is that of other weights");
+    state.check(layers, begins[layers]);
+    const int64_t now = *static_cast<const int64_t*>(state.clock.const_data_ptr());
+    STD_TORCH_CHECK(now >= 0, "convnorm: the state of norm decay is of other weights");
+    auto* signs = static_cast<Term*>(state.signs.mutable_data_ptr());
+    auto* channels = static_cast<int64_t*>(state.channels.mutable_data_ptr());
+    for (int64_t i = 0; i < layers; ++i) {
+      rings_.push_back({signs + begins[i], begins[layers], channels + i, layers, terms, now % terms});
+      for (int64_t slot = 0; slot < terms; ++slot)  // a slice of a channel that there is not would be other memory
+        STD_TORCH_CHECK(rings_[i].channel(slot) < channels_of(i),
+                        "convnorm: the state of norm decay is of other weights");
+    }
     for (int64_t age = 0; age < terms; ++age)
       shares_.push_back((1 - state.momentum) * std::pow(state.momentum, static_cast<double>(age)));
   }
@@ -247,12 +214,21 @@ class Terms {
   // Of the winners that the state brings along.
   void check_winners() const {
     for (size_t i = 0; i < weights_.size(); ++i) {
-      const Best winner = state_.found.winner(i);
+      const Best winner = winner_of(i);
       const int64_t windows = (column(i) ? plan_[i].inputs : plan_[i].outputs).size();
       STD_TORCH_CHECK(
           winner.channel >= 0 && winner.channel < channels_of(i) && winner.window >= 0 && winner.window < windows,
           "convnorm: winners are those of other weights");
     }
+  }
+
+  // The norm that was measured, and where it is attained.
+  void take(int64_t i, const LayerNorms& measured) const {
+    const Best& best = state_.linf ? measured.linf : measured.l1;
+    write_number(state_.norms, i, best.value);
+    auto* place = static_cast<int64_t*>(state_.winners.mutable_data_ptr()) + 2 * i;
+    place[0] = best.channel;
+    place[1] = best.window;
   }
 
   // Calls for what add() will touch.
@@ -264,7 +240,7 @@ class Terms {
   // The newest term, of the winner that was found.
   void write(int64_t i) const {
     const Ring<Term>& ring = rings_[i];
-    const Best winner = state_.found.winner(i);
+    const Best winner = winner_of(i);
     ring.channels[ring.newest * ring.layers] = winner.channel;
     fetch_slice(weights_[i], i);
     with_number(weights_[i].dtype, [&](auto number) {
@@ -305,11 +281,14 @@ class Terms {
 
   void fetch_slice(const Matrix& of, int64_t i) const {
     if (!of.data) return;
-    with_number(of.dtype, [&](auto number) {
-      Slice<const decltype(number)>(of, state_.found.winner(i).channel, column(i)).fetch();
-    });
+    with_number(of.dtype,
+                [&](auto number) { Slice<const decltype(number)>(of, winner_of(i).channel, column(i)).fetch(); });
   }
-  bool column(int64_t i) const { return state_.found.linf == plan_[i].transposed; }
+  Best winner_of(int64_t i) const {
+    const auto* place = static_cast<const int64_t*>(state_.winners.const_data_ptr()) + 2 * i;
+    return {0, place[0], place[1]};
+  }
+  bool column(int64_t i) const { return state_.linf == plan_[i].transposed; }
   int64_t channels_of(int64_t i) const {
     return weights_[i].groups * (column(i) ? weights_[i].columns : weights_[i].rows);
   }

@@ -8,7 +8,7 @@ namespace {
 void decay_cuda(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, const Tensor& norms,
                 const Tensor& winners, const Tensor& signs, const Tensor& channels, const Tensor& clock,
                 const Tensor& rates, double momentum, const std::string& plan, bool linf, bool measured) {
-  const Step step{norms, winners, signs, channels, clock, rates, momentum, linf, measured};
+  const State state{norms, winners, signs, channels, clock, rates, momentum, linf};
   std::vector<Tensor> all{norms, winners, signs, channels, clock, rates};
   all.insert(all.end(), weights.begin(), weights.end());
   for (const Tensor& grad : grads)
@@ -17,7 +17,7 @@ void decay_cuda(const std::vector<Tensor>& weights, const std::vector<Tensor>& g
   const DeviceGuard guard(device);
   const Stream stream(device);
   const auto measure = [&](const auto&... network) { return measure_on(stream, network...); };
-  decay(weights, grads, step, plan, TermCut{kTermBlocks * stream.processors()}, measure, stream);
+  decay(weights, grads, state, measured, plan, TermCut{kTermBlocks * stream.processors()}, measure, stream);
 }
 
 }  // namespace

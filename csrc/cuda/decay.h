@@ -4,19 +4,11 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <iterator>
-
+#include "../state.h"
 #include "describe.h"
 #include "terms.h"
 
 namespace convnorm::cuda {
-
-// What Momentum holds (see convnorm/momentum.py) and what a step is told beside it.
-struct Step {
-  Tensor norms, winners, signs, channels, clock, rates;
-  double momentum;
-  bool linf, measured;
-};
 
 // How finely to cut. (Tests cut otherwise.)
 struct TermCut {
@@ -28,7 +20,6 @@ struct TermCut {
 struct DescribedSlices {
   Slices slices;
   Numbers windows, merged, holders;
-  uintptr_t begin = 0, end = 0;  // of the memory in which the gradient lies
 };
 
 inline Strides strides_of(const Tensor& tensor, const LayerPlan& plan, bool columns) {
@@ -55,15 +46,6 @@ inline void check_layer(const Tensor& weight, const Tensor& grad, const LayerPla
     STD_TORCH_CHECK(floating || tensor->numel() == 0,
                     "convnorm: weight and gradient must be float64, float32, float16 or bfloat16");
   }
-}
-
-// Where the memory ends that the tensor lies in.
-inline uintptr_t end_of(const Tensor& tensor) {
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
-  int64_t last = 0;
-  for (size_t i = 0; i < sizes.size(); ++i) last += (sizes[i] - 1) * strides[i];
-  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) +
-         static_cast<uintptr_t>((last + 1) * size_of(tensor.scalar_type()));
 }
 
 // None where the slice is too large for the kernel.
@@ -96,8 +78,6 @@ inline std::optional<DescribedSlices> describe_slices(const Tensor& weight, cons
     slices.grad = grad.mutable_data_ptr();
     slices.grad_dtype = grad.scalar_type();
     slices.grad_strides = strides_of(grad, plan, columns);
-    described.begin = reinterpret_cast<uintptr_t>(slices.grad);
-    described.end = end_of(grad);
   }
 
   if (plan.merges) {
@@ -122,14 +102,10 @@ class TermBatch {
   explicit TermBatch(int32_t first_layer) : first_layer_(first_layer) {}
 
   // False, and nothing is added, where there is no room in the argument, or another layer here has the same gradient.
-  bool add(const DescribedSlices& described) {
+  bool add(const DescribedSlices& described, const Tensor& grad) {
     const size_t more = lists_.growth({&described.windows, &described.merged, &described.holders});
     if (bytes(layers_.size() + 1, lists_.numbers().size() + more) > Decay<kLargeNetwork>::kBytes) return false;
-    if (described.slices.grad) {
-      const auto next = grads_.lower_bound(described.end);  // that begins past it; one before may reach over here
-      if (next != grads_.begin() && std::prev(next)->second > described.begin) return false;
-      grads_.emplace(described.begin, described.end);
-    }
+    if (described.slices.grad && !grads_.add(grad)) return false;
     Slices slices = described.slices;
     slices.windows = lists_.place(described.windows);
     slices.merged = lists_.place(described.merged);
@@ -168,7 +144,7 @@ class TermBatch {
   const int32_t first_layer_;
   std::vector<Slices> layers_;
   SharedLists lists_;
-  std::map<uintptr_t, uintptr_t> grads_;  // where the memory of each begins and ends
+  Apart grads_;
 };
 
 // None where a layer is too much for the kernel. `length` becomes that of a term.
@@ -182,52 +158,34 @@ inline std::optional<std::vector<TermBatch>> term_batches(const std::vector<Tens
     if (!described) return std::nullopt;
     described->slices.first = length;
     length += described->slices.length;
-    if (!batches.empty() && batches.back().add(*described)) continue;
+    if (!batches.empty() && batches.back().add(*described, grads[i])) continue;
     batches.emplace_back(static_cast<int32_t>(i));
-    if (!batches.back().add(*described)) return std::nullopt;
+    if (!batches.back().add(*described, grads[i])) return std::nullopt;
   }
   return batches;
 }
 
-inline void check_state(const Step& step, int64_t layers, int64_t length) {
-  const int64_t terms = step.signs.size(0);
-  const ScalarType norms = step.norms.scalar_type(), signs = step.signs.scalar_type();
-  bool fits = norms == ScalarType::Float || norms == ScalarType::Double;
-  fits &= signs == ScalarType::Char || signs == ScalarType::Int;
-  for (const Tensor* longs : {&step.winners, &step.channels, &step.clock})
-    fits &= longs->scalar_type() == ScalarType::Long;
-  fits &= step.rates.scalar_type() == ScalarType::Double && terms > 0;
-  const std::array<std::pair<const Tensor*, int64_t>, 6> sizes{{{&step.norms, layers},
-                                                                {&step.winners, 2 * layers},
-                                                                {&step.signs, terms * length},
-                                                                {&step.channels, terms * layers},
-                                                                {&step.clock, 1},
-                                                                {&step.rates, layers}}};
-  for (const auto& [tensor, size] : sizes) fits &= tensor->numel() == size && tensor->is_contiguous();
-  STD_TORCH_CHECK(fits, "convnorm: the state of norm decay is of other weights");
-}
-
 template <int kSize, class Device>
-void launch_terms(const TermBatch& batch, const Step& step, const Result* result, const TermCut& cut, bool last,
+void launch_terms(const TermBatch& batch, const State& state, const Result* result, const TermCut& cut, bool last,
                   bool follows, const Device& device) {
   Decay<kSize> decay;
-  decay.norms = step.norms.mutable_data_ptr();
-  decay.winners = static_cast<int64_t*>(step.winners.mutable_data_ptr());
-  decay.signs = step.signs.mutable_data_ptr();
-  decay.channels = static_cast<int64_t*>(step.channels.mutable_data_ptr());
-  decay.clock = static_cast<int64_t*>(step.clock.mutable_data_ptr());
-  decay.new_norms = result ? (step.linf ? result->linf : result->l1).const_data_ptr() : nullptr;
+  decay.norms = state.norms.mutable_data_ptr();
+  decay.winners = static_cast<int64_t*>(state.winners.mutable_data_ptr());
+  decay.signs = state.signs.mutable_data_ptr();
+  decay.channels = static_cast<int64_t*>(state.channels.mutable_data_ptr());
+  decay.clock = static_cast<int64_t*>(state.clock.mutable_data_ptr());
+  decay.new_norms = result ? (state.linf ? result->linf : result->l1).const_data_ptr() : nullptr;
   decay.new_winners =
-      result ? static_cast<const int64_t*>(result->winners.const_data_ptr()) + (step.linf ? 2 : 0) : decay.winners;
+      result ? static_cast<const int64_t*>(result->winners.const_data_ptr()) + (state.linf ? 2 : 0) : decay.winners;
   decay.winner_step = result ? 4 : 2;
-  decay.rates = static_cast<const double*>(step.rates.const_data_ptr());
-  decay.momentum = step.momentum;
-  decay.terms = static_cast<int32_t>(step.signs.size(0));
-  decay.length = step.signs.size(1);
-  decay.all_layers = static_cast<int32_t>(step.norms.numel());
-  decay.norms_double = step.norms.scalar_type() == ScalarType::Double;
+  decay.rates = static_cast<const double*>(state.rates.const_data_ptr());
+  decay.momentum = state.momentum;
+  decay.terms = static_cast<int32_t>(state.terms());
+  decay.length = state.signs.size(1);
+  decay.all_layers = static_cast<int32_t>(state.norms.numel());
+  decay.norms_double = state.norms.scalar_type() == ScalarType::Double;
   decay.new_norms_double = result && result->l1.scalar_type() == ScalarType::Double;
-  decay.signs_wide = step.signs.scalar_type() == ScalarType::Int;
+  decay.signs_wide = state.signs.scalar_type() == ScalarType::Int;
   decay.advances = last;
   decay.share_terms = static_cast<int32_t>(cut.share_terms);
   decay.shares = static_cast<int32_t>(ceil_div(decay.terms, cut.share_terms));
@@ -238,38 +196,39 @@ void launch_terms(const TermBatch& batch, const Step& step, const Result* result
 }
 
 // Plain PyTorch, for what is too much for the kernels.
-inline void decay_reference(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, const Step& step,
-                            const std::string& plan) {
+inline void decay_reference(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, const State& state,
+                            bool measured, const std::string& plan) {
   namespace stable = torch::stable::detail;
-  std::array<StableIValue, 12> stack{stable::from(weights),      stable::from(grads),      stable::from(step.norms),
-                                     stable::from(step.winners), stable::from(step.signs), stable::from(step.channels),
-                                     stable::from(step.clock),   stable::from(step.rates), stable::from(step.momentum),
-                                     stable::from(plan),         stable::from(step.linf),  stable::from(step.measured)};
+  std::array<StableIValue, 12> stack{
+      stable::from(weights),       stable::from(grads),       stable::from(state.norms),
+      stable::from(state.winners), stable::from(state.signs), stable::from(state.channels),
+      stable::from(state.clock),   stable::from(state.rates), stable::from(state.momentum),
+      stable::from(plan),          stable::from(state.linf),  stable::from(measured)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("convnorm::decay_reference", "", stack.data(), TORCH_ABI_VERSION));
 }
 
 // measure(weights, plan, result) is measure_batches(), on the device.
 template <class Measure, class Device>
-void decay(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, const Step& step,
+void decay(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, const State& state, bool measured,
            const std::string& text, const TermCut& cut, const Measure& measure, const Device& device) {
   const auto plan = read_plan(text);
   STD_TORCH_CHECK(!weights.empty() && plan->size() == weights.size() && grads.size() == weights.size(),
                   "convnorm: the plan or the gradients are of other weights");
   const auto layers = static_cast<int64_t>(weights.size());
   int64_t length = 0;
-  const auto batches = term_batches(weights, grads, *plan, step.linf, length);
-  if (!batches || step.signs.size(0) > kMostTerms) return decay_reference(weights, grads, step, text);
-  check_state(step, layers, length);
+  const auto batches = term_batches(weights, grads, *plan, state.linf, length);
+  if (!batches || state.terms() > kMostTerms) return decay_reference(weights, grads, state, measured, text);
+  state.check(layers, length);
   std::optional<Result> result;
-  if (!step.measured) {
+  if (!measured) {
     result = new_result(weights, *plan);
-    if (!measure(weights, *plan, *result)) return decay_reference(weights, grads, step, text);
+    if (!measure(weights, *plan, *result)) return decay_reference(weights, grads, state, measured, text);
   }
   for (const TermBatch& batch : *batches) {
     const bool first = &batch == &batches->front(), last = &batch == &batches->back();
     const auto launch =
         batch.fits<kSmallNetwork>() ? launch_terms<kSmallNetwork, Device> : launch_terms<kLargeNetwork, Device>;
-    launch(batch, step, result ? &*result : nullptr, cut, last, first && result, device);
+    launch(batch, state, result ? &*result : nullptr, cut, last, first && result, device);
   }
 }
 

@@ -32,10 +32,6 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-inline int64_t size_of(ScalarType dtype) {
-  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
-}
-
 // As PackedLists reads them.
 inline Numbers pack(const Lists& lists) {
   Numbers numbers{static_cast<int32_t>(lists.size()), 0};

@@ -95,12 +95,12 @@ void decay_emulated(std::vector<Tensor> weights, std::vector<Tensor> grads, Tens
                     Tensor channels, Tensor clock, Tensor rates, double momentum, std::string plan, bool linf,
                     bool measured, std::vector<int64_t> cut, std::vector<int64_t> term_cut) {
   EmulatedDevice device;
-  const Step step{norms, winners, signs, channels, clock, rates, momentum, linf, measured};
+  const State state{norms, winners, signs, channels, clock, rates, momentum, linf};
   const auto measure = [&](const std::vector<Tensor>& layers, const Plan& windows, const Result& result) {
     device.hold(result);
     return measure_batches(layers, windows, result, Cut{cut.at(0), cut.at(1)}, device);
   };
-  decay(weights, grads, step, plan, TermCut{term_cut.at(0), term_cut.at(1)}, measure, device);
+  decay(weights, grads, state, measured, plan, TermCut{term_cut.at(0), term_cut.at(1)}, measure, device);
 }
 
 std::vector<int64_t> work_emulated() {
