@@ -168,6 +168,25 @@ def test_same_bits_for_any_number_of_threads():
 NATIVE = convnorm.backends()["cpu"]["native"] in ("serves", "available")
 
 
+@pytest.mark.skipif(not NATIVE, reason="the extension was not built")
+def test_layers_that_share_a_gradient_add_one_after_another():
+    """Also where the elements of one lie between those of another."""
+    torch.set_num_threads(2)
+    case, rates = Case((128, 64, 3, 3), in_shape=(8, 8)), 2.0 ** torch.arange(6).double()
+    for _ in range(20):
+        weights, memory = [torch.randint(-9, 9, case.weight_shape).float()] * 6, torch.zeros(2, *case.weight_shape)
+        between = memory.view(128, 64, 3, 3, 2).unbind(-1)
+        results = []
+        for decay in (torch.ops.convnorm.decay_reference, torch.ops.convnorm.decay_native):
+            state = no_momentum(weights, 6 * case.plan, False, 0.5)
+            memory.zero_()
+            grads = [memory[0], memory[0], *between, memory[0], memory[1]]
+            decay(weights, grads, *state.tensors(), rates, 0.5, 6 * case.plan, False, True)
+            results.append(memory.clone())
+        assert torch.equal(*results)
+    torch.set_num_threads(1)
+
+
 def test_operator_is_sound():
     weights = [torch.randn(4, 3, 3, 3), torch.randn(2, 2)]
     layers = [TABLE["conv2d"], Case((2, 2))]

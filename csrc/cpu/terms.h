@@ -185,6 +185,7 @@ class Terms {
   Terms(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, const Plan& plan, const State& state)
       : plan_(plan), state_(state), grads_(weights.size()) {
     const int64_t layers = static_cast<int64_t>(weights.size()), terms = state.terms();
+    Apart memory;
     std::vector<int64_t> begins{0};  // where the slice of each layer begins in a term
     for (int64_t i = 0; i < layers; ++i) {
       weights_.push_back(as_matrix(weights[i], plan[i]));
@@ -193,6 +194,7 @@ class Terms {
         STD_TORCH_CHECK(grads[i].size(0) == weights[i].size(0) && grads[i].size(1) == weights[i].size(1),
                         "convnorm: a gradient is that of another weight");
         check_apart(grads[i]);
+        grads_apart_ &= memory.add(grads[i]);
       }
       begins.push_back(begins[i] + slice_length(weights_[i], column(i)));
     }
@@ -248,16 +250,15 @@ class Terms {
     });
   }
 
-  // All terms, to the gradient, if there is one.
+  // All terms, to the gradient, if there is one. To gradients that share memory advance() adds, to one after another.
   void add(int64_t i) const {
-    if (!grads_[i].data) return;
-    const double rate = static_cast<const double*>(state_.rates.const_data_ptr())[i];
-    with_number(grads_[i].dtype,
-                [&](auto number) { add_terms<decltype(number)>(grads_[i], rings_[i], column(i), rate, shares_); });
+    if (grads_apart_) add_now(i);
   }
 
   // The next step begins.
   void advance() {
+    if (!grads_apart_)
+      for (size_t i = 0; i < grads_.size(); ++i) add_now(i);
     const int64_t now = ++*static_cast<int64_t*>(state_.clock.mutable_data_ptr());
     for (Ring<Term>& ring : rings_) ring.newest = now % ring.terms;
   }
@@ -276,9 +277,16 @@ class Terms {
   const Plan& plan_;
   const State& state_;
   std::vector<Matrix> weights_, grads_;
+  bool grads_apart_ = true;
   std::vector<Ring<Term>> rings_;
   std::vector<double> shares_;  // of a term in h, by its age
 
+  void add_now(int64_t i) const {
+    if (!grads_[i].data) return;
+    const double rate = static_cast<const double*>(state_.rates.const_data_ptr())[i];
+    with_number(grads_[i].dtype,
+                [&](auto number) { add_terms<decltype(number)>(grads_[i], rings_[i], column(i), rate, shares_); });
+  }
   void fetch_slice(const Matrix& of, int64_t i) const {
     if (!of.data) return;
     with_number(of.dtype,
