@@ -79,6 +79,20 @@ def test_results_are_those_of_torch(options, ord):
     assert_same(*both(network, ord, **options))
 
 
+@pytest.mark.parametrize("momentum", [0, 0.9])
+def test_infinite_parameters_stay_infinite_without_weight_decay(momentum):
+    """Such as a mask that is added to what a softmax takes."""
+    model = network()
+    mask = nn.Parameter(torch.tensor([1.0, -math.inf] * 20))
+    mask.grad = torch.ones(40)
+    decay = convnorm.NormDecay(model, [1, 3, 8, 8], beta=0.3)
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    optimizer = convnorm.optim.SGD([*model.parameters(), mask], lr=0.5, momentum=momentum, norm_decay=decay)
+    optimizer.step()
+    assert mask.tolist() == [0.5, -math.inf] * 20
+
+
 def test_groups_of_parameters():
     def groups(model):
         return [
