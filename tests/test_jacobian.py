@@ -121,6 +121,34 @@ def test_jacobians_of_networks_that_return_more_than_tensors():
     torch.testing.assert_close(found, torch.full((2,), 4.0, dtype=torch.float64))
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.BatchNorm1d(3, track_running_stats=False),
+        Of(lambda x: x - x.mean(0)),
+        Of(lambda x: x.flip(0)),
+        nn.LSTM(3, 4, num_layers=2, batch_first=True),  # its states have the layers in front
+    ],
+)
+@pytest.mark.parametrize("ord", ORDS)
+def test_networks_that_mix_the_samples_of_a_batch_have_no_jacobian_norms(model, ord):
+    x = normal(2, 5, 3) if isinstance(model, nn.LSTM) else normal(2, 3)
+    with pytest.raises(GeometryError, match="mixes the samples"):
+        jacobian_norm(model, x, ord=ord)
+
+
+@pytest.mark.parametrize("f", [torch.sum, torch.flatten, lambda x: (x, x.mean()), lambda x: x.T])
+def test_outputs_without_a_batch_axis_are_refused_by_their_shape(f):
+    with pytest.raises(GeometryError, match=r"output of \[.*\] has no batch axis in front, of 2 samples"):
+        jacobian_norm(Of(f), normal(2, 3))
+
+
+def test_weights_that_are_nan_mix_no_samples():
+    model = nn.Linear(3, 2)
+    nn.init.constant_(model.weight, math.nan)
+    assert jacobian_norm(model, normal(2, 3)).isnan().all()
+
+
 def test_a_tie_of_a_constant_network_has_no_radius():
     bound = lipschitz(Of(lambda x: x * 0), [1, 3])
     assert certified_radius(torch.tensor([[1.0, 1.0], [2.0, 1.0]]), bound).tolist() == [0, math.inf]

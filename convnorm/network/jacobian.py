@@ -89,11 +89,24 @@ class Jacobian:
             with same_eps, InDouble():
                 y = exact(x.clone())  # a network may write into its input
             parts = [part for part in torch.utils._pytree.tree_leaves(y) if isinstance(part, Tensor)]
+            for part in parts:
+                if part.shape[:1] != x.shape[:1]:
+                    shape = list(part.shape)
+                    raise GeometryError(f"convnorm: output of {shape} has no batch axis in front, of {len(x)} samples")
             return torch.cat([part.reshape(len(part), -1) for part in parts], 1)
 
         self.network, self.x = network, x.detach().double()
         y, self._pull = vjp(network, self.x)
         self.inputs, self.outputs = self.x.shape, y.shape
+        self._refuse_mixed()
+
+    def _refuse_mixed(self) -> None:
+        """Networks by which the output of one sample, the first one here, depends on others."""
+        u = torch.zeros(self.outputs, dtype=torch.float64)
+        u[:1] = torch.randn(u[:1].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        others = self.pull(u)[1:]
+        if others.nan_to_num(0.0).any():  # 0 times NaN is NaN
+            raise GeometryError("convnorm: the network mixes the samples of a batch: none has a Jacobian of its own")
 
     def push(self, v: Tensor) -> Tensor:
         return jvp(self.network, (self.x,), (v.to(self.x.device),))[1].detach().cpu()
