@@ -143,6 +143,39 @@ def test_outputs_without_a_batch_axis_are_refused_by_their_shape(f):
         jacobian_norm(Of(f), normal(2, 3))
 
 
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.5, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+    def forward(self, x):
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], dtype=x.dtype)
+        x = self.encoder(x) + self.encoder(x, mask=mask, is_causal=True)
+        return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+
+@pytest.mark.parametrize("ord", ORDS)
+def test_jacobian_norms_of_attention_are_those_of_explicit_jacobians(ord):
+    model, x = Attention().double().eval(), normal(2, 3, 4)
+    found = jacobian_norm(model, x, ord=ord, steps=300)
+    for one, norm in zip(x, found, strict=True):
+        exact = largest_jacobian(model, (3, 4), ord, one[None])
+        assert exact * (1 - 1e-6) <= norm.item() <= exact
+
+
+@pytest.mark.parametrize("f", [lambda x: F.dropout(x, 0.5), lambda x: x + torch.randn_like(x)])
+def test_networks_that_draw_random_numbers_have_no_jacobian_norms(f):
+    with pytest.raises(GeometryError, match="draws random numbers"):
+        jacobian_norm(Of(f), normal(2, 3))
+
+
+@pytest.mark.parametrize("f", [F.rrelu, lambda x: F.alpha_dropout(x, 0.5), lambda x: F.dropout(x, 0.5, False)])
+def test_what_is_random_in_training_only_has_jacobian_norms(f):
+    assert jacobian_norm(Of(f), -normal(2, 3).abs()).isfinite().all()
+
+
 def test_weights_that_are_nan_mix_no_samples():
     model = nn.Linear(3, 2)
     nn.init.constant_(model.weight, math.nan)

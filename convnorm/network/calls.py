@@ -87,3 +87,17 @@ class Call:
         value = self.arguments[name]
         values = list(value) if isinstance(value, Sequence) else [value]
         return values * count if len(values) == 1 else values
+
+
+def arguments_of(target: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    schema = target._schema.arguments
+    given = dict(zip((a.name for a in schema), args, strict=False)) | kwargs
+    return {a.name: given.get(a.name, a.default_value) for a in schema if a.name in given or a.has_default_value()}
+
+
+def is_random(target: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a call draws numbers, which some operations do in training only."""
+    if torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    given = arguments_of(target, args, kwargs)
+    return given.get("train", given.get("training", True))

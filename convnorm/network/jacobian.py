@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import jvp, vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..geometry import GeometryError
 from ..layers import as_stored
+from .calls import is_random
 from .nonlinear import default_eps
 
 MOST_EXACT = 2048  # rows or columns that are computed one by one
@@ -30,6 +32,8 @@ def jacobian_norm(model: nn.Module, x: Tensor, *, ord: float = 2, steps: int = S
 
     l1 by all columns, linf by all rows, and exact, where there are at most 2,048 of them; else, and for l2, by
     ``steps`` of the power method, v <- J^T J v, or its counterpart for l1 (Higham, 1992).
+
+    Networks that mix the samples of a batch, or draw random numbers, are refused.
 
     >>> model = nn.Linear(3, 2, bias=False)
     >>> torch.allclose(jacobian_norm(model, torch.zeros(1, 3), ord=1), model.weight.abs().sum(0).max().double())
@@ -72,6 +76,8 @@ class InDouble(TorchDispatchMode):
         self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if is_random(func, args, kwargs):
+            raise GeometryError(f"convnorm: the network draws random numbers, by {func}, also in evaluation mode")
         if getattr(kwargs.get("dtype"), "is_floating_point", False):
             kwargs = kwargs | {"dtype": torch.float64}
         return func(*args, **kwargs)
@@ -86,7 +92,7 @@ class Jacobian:
         exact, same_eps = exact.double(), EpsOfRMSNorm(default_eps(own))
 
         def network(x: Tensor) -> Tensor:
-            with same_eps, InDouble():
+            with same_eps, InDouble(), sdpa_kernel(SDPBackend.MATH):  # others have no derivatives forward
                 y = exact(x.clone())  # a network may write into its input
             parts = [part for part in torch.utils._pytree.tree_leaves(y) if isinstance(part, Tensor)]
             for part in parts:

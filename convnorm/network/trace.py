@@ -21,7 +21,7 @@ from ..layers import as_stored
 from ..unwritten import restored, unlogged
 from ..uses import Watch, plain_name, shape_of, unwrapped
 from . import activations, linear, moves, nonlinear  # noqa: F401  their rules
-from .calls import RULES, Call, Refused
+from .calls import RULES, Call, Refused, arguments_of, is_random
 from .steps import Input, Joint, Step
 
 CREATING = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")  # by their input's shape alone
@@ -288,7 +288,7 @@ class Walk:
             raise Refused("has no known Lipschitz constant")
         if target._schema.is_mutable and any(name != target._schema.arguments[0].name for name in _written(node)):
             raise Refused("writes into what is not its first argument")
-        call = Call(operation, target, _arguments(target, args, kwargs), node.meta["val"])
+        call = Call(operation, target, arguments_of(target, args, kwargs), node.meta["val"])
         made = RULES[operation](call)
         for meta, step in zip(call.meta, made, strict=True) if isinstance(made, tuple) else [(call.meta, made)]:
             if step is not None:
@@ -311,10 +311,8 @@ class Walk:
 
     def constant(self, node: fx.Node, args: tuple, kwargs: dict[str, Any]) -> Value:
         target = node.target
-        if isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags:
-            given = _arguments(target, args, kwargs)
-            if given.get("train", given.get("training", True)):
-                raise GeometryError("convnorm: draws random numbers")
+        if isinstance(target, torch._ops.OpOverload) and is_random(target, args, kwargs):
+            raise GeometryError("convnorm: draws random numbers")
         if _written(node) or target is AUTOCAST:
             args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
         return self.stored(node, target(*args, **kwargs))
@@ -356,17 +354,11 @@ def _operation(node: fx.Node) -> str:
     return name.rstrip("_") if target._schema.is_mutable else name
 
 
-def _arguments(target: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    schema = target._schema.arguments
-    given = dict(zip((a.name for a in schema), args, strict=False)) | kwargs
-    return {a.name: given.get(a.name, a.default_value) for a in schema if a.name in given or a.has_default_value()}
-
-
 def _written(node: fx.Node) -> dict[str, Any]:
     """The arguments that it writes into: most often the first, ``out``, or a list of them."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return {}
-    given = _arguments(node.target, node.args, node.kwargs)
+    given = arguments_of(node.target, node.args, node.kwargs)
     schema = node.target._schema.arguments
     names = [a.name for a in schema if a.alias_info is not None and a.alias_info.is_write]
     if given.get("training") or given.get("use_input_stats"):
