@@ -176,6 +176,31 @@ def test_what_is_random_in_training_only_has_jacobian_norms(f):
     assert jacobian_norm(Of(f), -normal(2, 3).abs()).isfinite().all()
 
 
+def frozen(x):
+    with torch.no_grad():
+        return 2 * x
+
+
+@pytest.mark.parametrize(
+    ("f", "constant"),
+    [
+        (frozen, 2.0),
+        (torch.no_grad()(frozen), 2.0),
+        (lambda x: 2 * x - x.detach(), 1.0),
+        (lambda x: torch.detach(x) + x.data, 2.0),
+        (lambda x: (3 * x).detach_(), 3.0),
+    ],
+)
+@pytest.mark.parametrize("ord", ORDS)
+def test_parts_that_are_not_to_be_trained_are_parts_of_the_jacobian(ord, f, constant):
+    x = normal(2, 3)
+    expected = torch.full((2,), constant, dtype=torch.float64)
+    torch.testing.assert_close(jacobian_norm(Of(f), x, ord=ord), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(jacobian_norm(Of(f), x, ord=ord), expected)
+    assert torch.is_grad_enabled()
+
+
 def test_weights_that_are_nan_mix_no_samples():
     model = nn.Linear(3, 2)
     nn.init.constant_(model.weight, math.nan)

@@ -21,6 +21,7 @@ from .nonlinear import default_eps
 
 MOST_EXACT = 2048  # rows or columns that are computed one by one
 STEPS = 30  # of power iteration
+DETACHING = (Tensor.detach, Tensor.detach_, torch.detach, torch.detach_, Tensor.data.__get__)
 SHORT = 1 - 1e-9  # what a quotient in float64 may be too large by
 
 
@@ -53,8 +54,10 @@ def jacobian_norm(model: nn.Module, x: Tensor, *, ord: float = 2, steps: int = S
     return found * SHORT
 
 
-class EpsOfRMSNorm(TorchFunctionMode):
-    """Gives functions that leave eps to PyTorch that of the network's own precision, not of float64."""
+class AsFunction(TorchFunctionMode):
+    """The network as a function of its input, whatever part of it is not to be trained: what is detached, or computed
+    without gradients. Functions that leave eps to PyTorch have that of the network's own precision, not of float64.
+    """
 
     def __init__(self, eps: float) -> None:
         super().__init__()
@@ -64,6 +67,10 @@ class EpsOfRMSNorm(TorchFunctionMode):
         self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch._C._set_grad_enabled:  # of torch.no_grad() and the like
+            return None
+        if func in DETACHING:
+            return args[0].view_as(args[0])
         if func in (F.rms_norm, torch.rms_norm) and (args[3] if len(args) > 3 else kwargs.get("eps")) is None:
             args, kwargs = args[:3], kwargs | {"eps": self._eps}
         return func(*args, **kwargs)
@@ -89,10 +96,10 @@ class Jacobian:
     def __init__(self, model: nn.Module, x: Tensor) -> None:
         exact = as_stored(model).requires_grad_(False)
         own = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)
-        exact, same_eps = exact.double(), EpsOfRMSNorm(default_eps(own))
+        exact, as_function = exact.double(), AsFunction(default_eps(own))
 
         def network(x: Tensor) -> Tensor:
-            with same_eps, InDouble(), sdpa_kernel(SDPBackend.MATH):  # others have no derivatives forward
+            with as_function, InDouble(), sdpa_kernel(SDPBackend.MATH):  # others have no derivatives forward
                 y = exact(x.clone())  # a network may write into its input
             parts = [part for part in torch.utils._pytree.tree_leaves(y) if isinstance(part, Tensor)]
             for part in parts:
