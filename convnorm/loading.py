@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 NESTED = ("state_dict", "model_state_dict", "model")  # where training scripts keep it in a checkpoint
 UNREADABLE = (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError)
-PREFIXES = ("module.", "_orig_mod.")  # of models in DistributedDataParallel and torch.compile
+PREFIXES = ("module.", "_orig_mod.")  # of models in DistributedDataParallel, AveragedModel and torch.compile
+COUNT = "n_averaged"  # which AveragedModel has beside it
 
 
 def load_model(name: str) -> nn.Module | ExportedProgram:
@@ -175,7 +176,7 @@ def unprefixed(state: Mapping[str, Tensor], own: Collection[str]) -> dict[str, T
     state = dict(state)
     while not state.keys() & set(own) and any(key.startswith(PREFIXES) for key in state):
         prefix = next(prefix for prefix in PREFIXES if any(key.startswith(prefix) for key in state))
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
+        state = {key.removeprefix(prefix): value for key, value in state.items() if key != COUNT}
     return state
 
 

@@ -14,20 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim.swa_utils import AveragedModel
 
 from .geometry import GeometryError
 from .layers import LAYERS, Layer, as_layer
 from .unwritten import Unwritten, held_by, restored, unlogged
 
 COMPILED = "_orig_mod"  # where a module that torch.compile made has the one that it was made of
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)  # which have it as .module
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile and DistributedDataParallel, where layers have the names that the user knows."""
+    """The model inside torch.compile, DistributedDataParallel and AveragedModel: there layers have the names that the
+    user knows.
+    """
     while True:
         if COMPILED in model._modules:
             model = model._modules[COMPILED]
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        elif isinstance(model, WRAPPERS):
             model = model.module
         else:
             return model

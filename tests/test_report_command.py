@@ -12,6 +12,7 @@ import pytest
 import torch
 from reported import SHAPE, trained
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import convnorm
 from convnorm import __main__ as command
@@ -156,6 +157,13 @@ def test_prefixes_of_wrappers_are_left_out(networks, prefix):
     torch.save({f"{prefix}module.{name}": value for name, value in networks.state_dict().items()}, "prefixed.pt")
     model = loading.load_model("prefixed.pt=networks:Wrapped")
     assert torch.equal(model.module[0].weight, networks[0].weight)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager"), nn.Identity()])
+def test_checkpoints_of_averaged_models_are_those_of_the_model(networks, wrap):
+    torch.save(AveragedModel(wrap(networks)).state_dict(), "averaged.pt")
+    model = loading.load_model("averaged.pt=networks:network")
+    assert torch.equal(model[0].weight, networks[0].weight)
 
 
 def test_a_model_may_have_a_prefix_itself(networks):

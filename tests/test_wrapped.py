@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import convnorm
 from convnorm.uses import observe
@@ -18,6 +19,7 @@ WRAPPED = {
     "compiled": lambda: torch.compile(network(), backend="eager"),
     "a part compiled": lambda: nn.Sequential(network()[0], torch.compile(network()[1], backend="eager")),
     "parallel": lambda: nn.DataParallel(network()),
+    "averaged": lambda: AveragedModel(network()),
 }
 
 
