@@ -30,6 +30,8 @@ def weight_of(use: Use) -> nn.Parameter:
         )
     if weight.is_meta:
         raise RuntimeError(f"convnorm: the weight of layer {use.name!r} is on device meta: give it values first")
+    with naming(use.name):
+        library.device_of([weight])  # refuses what no backend reads
     return weight
 
 

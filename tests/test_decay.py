@@ -553,3 +553,13 @@ def test_a_beta_of_numpy_is_saved_and_loaded(beta):
 def test_a_penalty_counts_no_steps_for_a_schedule():
     with pytest.raises(RuntimeError, match="counts no steps for a schedule of beta: set beta in the loop"):
         convnorm.NormDecay(two(), [1, 4], beta=lambda step: 0.1 * step).penalty()
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn])
+def test_layers_of_numbers_that_have_no_norm_are_named(dtype):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    decay = convnorm.NormDecay(model, [1, 3], beta=1.0)
+    model[0].weight, model[1].weight = (nn.Parameter(layer.weight.detach().to(dtype)) for layer in model)
+    for act in (decay.step, lambda: convnorm.NormDecay(model, {"0": ()}, beta=1.0, include="0")):
+        with pytest.raises(convnorm.GeometryError, match=f"layer '0': weight of {dtype}"):
+            act()

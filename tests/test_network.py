@@ -163,6 +163,14 @@ def test_a_module_takes_the_constant_that_is_assumed():
     assert [node.operation for node in found.nodes] == ["input", "conv2d", "assumed", "relu", "assumed"]
 
 
+@pytest.mark.parametrize("ord", ORDS)
+def test_what_is_assumed_is_a_function_of_the_tensors_that_are_read_each_once(ord):
+    square, product = Of(lambda x: x * x), Of(lambda x: x * torch.sigmoid(x))
+    assert lipschitz(square, [2, 3], ord=ord, assume={"mul": 2.0}).upper == 2
+    both = {1: 1.25, 2: 1.0625**0.5, math.inf: 1.0}[ord]
+    assert lipschitz(product, [2, 3], ord=ord, assume={"mul": 2.0}).upper == pytest.approx(2 * both)
+
+
 class Twice(nn.Module):
     def __init__(self):
         super().__init__()

@@ -94,7 +94,8 @@ def lipschitz(
     exact arithmetic, with its weights as stored, or as it computes them from what is stored. Linear operations that
     follow each other are composed before their norm is taken. ``rtol`` is how near l2 brackets of layers are sought. An
     operation without a known constant is an error that names the node; ``assume={name: constant}`` gives it one, or a
-    whole module. ``trace(model, ...)`` in place of the model spares tracing it for each norm.
+    whole module: as a function of the tensors that it reads, of which one that it reads twice counts once.
+    ``trace(model, ...)`` in place of the model spares tracing it for each norm.
 
     >>> model = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1), nn.ReLU())
     >>> with torch.no_grad():
