@@ -75,9 +75,11 @@ def norms(
     """The norms of a convolutional, transposed or fully connected layer, or of a raw weight, at one input size.
 
     ``in_shape`` holds the spatial sizes of the input, without channels. A raw weight takes the options of the
-    operators: stride, padding, dilation, groups, padding_mode, transposed, output_padding. ``scale`` multiplies the
-    output channels, as a batch norm in evaluation does (``bn.weight / (bn.running_var + bn.eps).sqrt()``): the norms
-    are then those of both as one map. Differentiable.
+    operators: stride, padding, dilation, groups, padding_mode, transposed, output_padding. A module of a derived class
+    is taken with the weight and the geometry that it holds; what its own ``forward`` makes of them, as standardised or
+    fake-quantised weights, ``convnorm.report`` sees and this does not. ``scale`` multiplies the output channels, as a
+    batch norm in evaluation does (``bn.weight / (bn.running_var + bn.eps).sqrt()``): the norms are then those of both
+    as one map. Differentiable.
 
     >>> conv = nn.Conv2d(1, 1, 3, stride=2, padding=1)
     >>> _ = nn.init.ones_(conv.weight)
