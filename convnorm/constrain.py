@@ -9,7 +9,7 @@ is, to the bit; so does a tap that reads nothing but padding.
 ``ord=2`` bounds the l2 norm of each layer, as one number: by ``method="rescale"`` the weight is multiplied by
 min(1, bound / upper), where ``upper`` is a proved bound of the layer's true norm (``spectral/rescale.py``); by
 ``method="clip"`` its singular values are clipped on the layer's circle, to the nearest kernel of the same taps
-(``spectral/clip.py``). Again the bound holds for the weights as they are stored, and a weight that is proved to be
+(``spectral/nearest.py``). Again the bound holds for the weights as they are stored, and a weight that is proved to be
 within it stays as it is.
 """
 

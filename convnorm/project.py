@@ -120,7 +120,7 @@ def project(
     For the l2 norm (``ord=2``) ``bound`` is one number. ``method="rescale"``, the default, multiplies the weight by
     min(1, bound / upper), where ``upper`` is a proved bound of the layer's true norm, some 1 % above it on most inputs
     (``spectral/rescale.py``); it has first derivatives. ``method="clip"`` gives the nearest weight whose singular
-    values on the layer's circle are at most ``bound`` (``spectral/clip.py``), and has none.
+    values on the layer's circle are at most ``bound`` (``spectral/nearest.py``), and has none.
 
     >>> project(torch.tensor([[3.0, -2.0, 0.5], [1.0, 0.0, 0.0]]), ord=math.inf, bound=2.0)
     tensor([[ 1.5000, -0.5000,  0.0000],

@@ -22,6 +22,7 @@ from convnorm.geometry import GeometryError
 from convnorm.layers import as_layer
 from convnorm.project import project
 from convnorm.spectral.clip import clip_singular_values
+from convnorm.spectral.excess import Excess
 
 METHODS = ("rescale", "clip")
 
@@ -187,6 +188,37 @@ def test_no_feasible_weight_lies_beyond_the_clipped(seed, name):
             assert (away * (y - p)).sum() <= 2e-4 * away.norm() * weight.norm()
         rescaled = project_case(weight, case, bound, "rescale")
         assert away.norm() <= (rescaled - weight).norm() * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("bound", [3.5, 1.0, 1e-6])
+@pytest.mark.parametrize("shape", [(3, 2, 5, 4), (3, 2, 4, 5)], ids=str)
+def test_the_derivative_of_an_excess_is_that_of_its_differences(shape, bound):
+    blocks, moved = torch.randn(2, *shape, dtype=torch.complex128, generator=torch.Generator().manual_seed(3))
+    excess, step = Excess(blocks, bound), 1e-6
+    ahead, behind = torch.zeros(2, *shape, dtype=torch.complex128)
+    for out, sign in ((ahead, 1), (behind, -1)):
+        there = Excess(blocks + sign * step * moved, bound)
+        out[there.at] = there.blocks
+    expected = ((ahead - behind) / (2 * step))[excess.at]
+    assert len(excess.at)
+    found = excess.derivative(moved[excess.at].to(torch.complex64))
+    torch.testing.assert_close(found.to(torch.complex128), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_clip_takes_few_decompositions(monkeypatch):
+    """Alternating projections take over 100 of each block, and stop further from the bound."""
+    torch.manual_seed(0)
+    conv, decomposed, eigh = nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular").double(), [], torch.linalg.eigh
+
+    def counted(matrices):
+        decomposed.append(matrices.shape[:-2].numel())
+        return eigh(matrices)
+
+    bound = 0.5 * module_norm(conv, [8, 8])
+    monkeypatch.setattr(torch.linalg, "eigh", counted)
+    conv.weight.data.copy_(project(conv, [8, 8], ord=2, bound=bound, method="clip"))
+    assert sum(decomposed) <= 50 * 34  # of 64 frequencies, but for negatives
+    assert bound * (1 - 1e-5) <= module_norm(conv, [8, 8]) <= bound
 
 
 @pytest.mark.parametrize("name", ["linear", "wide", "pointwise"])

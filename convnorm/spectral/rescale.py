@@ -26,9 +26,9 @@ from ..layers import Layer
 from ..uncompiled import run_as_it_is
 from .bounds import sqrt_l1_linf
 from .circle import circle_of, groups_of, power_of_two, with_read_taps
-from .clip import NEAR, nearest
 from .explicit import explicit_uppers, matrix_sizes
 from .lanczos import lanczos
+from .nearest import NEAR, nearest
 from .on_circle import circle_upper
 from .outward import once
 from .rayleigh import rayleigh
