@@ -97,16 +97,15 @@ class SGD(torch.optim.SGD):
         rates = [float(group[name]) for group in self.param_groups for name in RATES]
         with_momentum = [group["momentum"] != 0 for group in self.param_groups]
         weights, numbers = map(list, zip(*stepped, strict=True))
-        buffers, first, no_buffer = [], [], torch.empty(0)
+        buffers, first, made, no_buffer = [], [], {}, torch.empty(0)
         for weight, number in stepped:
             buffer, new = no_buffer, False
             if with_momentum[number]:
-                state = self.state[weight]
-                buffer = state.get("momentum_buffer")
+                buffer = self.state[weight].get("momentum_buffer")
                 new = buffer is None
                 if new or not (buffer.is_contiguous() and buffer.dtype == weight.dtype):  # as the weight has been
                     empty = torch.empty_like(weight)
-                    buffer = state["momentum_buffer"] = empty if new else empty.copy_(buffer)
+                    buffer = made[weight] = empty if new else empty.copy_(buffer)
             buffers.append(buffer)
             first.append(new)
         grads = [weight.grad for weight in weights]
@@ -114,6 +113,8 @@ class SGD(torch.optim.SGD):
             weights, grads, buffers, first, numbers, rates,
             *batch.state.tensors(), decays, batch.momentum, batch.plan, batch.linf, batch.is_written_ahead(),
         )  # fmt: skip
+        for weight, buffer in made.items():
+            self.state[weight]["momentum_buffer"] = buffer
         torch.autograd.graph.increment_version(weights)
         batch.mark_written_ahead()
 

@@ -414,6 +414,19 @@ def test_a_first_step_that_overflows_leaves_no_momentum(dampening):
     assert_same(*results)
 
 
+@native
+def test_a_step_that_is_refused_leaves_no_momentum():
+    model = linear()
+    decay = convnorm.NormDecay(model, [1, 3], beta=1.0)
+    optimizer = convnorm.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, norm_decay=decay)
+    for layer in model:
+        layer.weight.grad = torch.ones_like(layer.weight)
+    decay.batches()[0].state.channels.fill_(99)
+    with pytest.raises(RuntimeError, match="state of norm decay is of other weights"):
+        optimizer.step()
+    assert not any(optimizer.state.values())
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
 def test_a_copy_goes_on(duplicate):
     model = network()
