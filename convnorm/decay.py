@@ -54,6 +54,7 @@ class NormDecay:
 
     - A layer used at several input sizes is as many linear maps: each counts. So do layers that share a weight.
     - A layer without a gradient (frozen, or not used in this step) gets nothing, its average goes on.
+    - A module of a derived class counts with the weight that it holds, whatever its ``forward`` makes of that.
     - A weight that a parametrization computes has no gradient to add to: ``penalty()`` takes it, ``step()`` refuses it.
     - In distributed training every rank steps, with the same layers and sizes. Replicated (DDP) they all compute the
       same; what ``fully_shard`` cut up is not gathered (``sharded.py`` says how), and each rank saves its own state.
