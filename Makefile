@@ -51,8 +51,8 @@ sanitize: $(VENV)/ready  ## the C++ kernels under AddressSanitizer and Undefined
 	away=$$(mktemp -d) && cp -r tests $$away && here=$$PWD && cd $$away && \
 	PYTHONPATH=$$here/build/sanitized CONVNORM_REQUIRE_NATIVE=1 ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	$$here/$(BIN)/python -m pytest -q -k "native or test_optim or gradient or state" --long 2000 --seed 1 tests/test_values.py \
-	tests/test_sizes.py tests/test_momentum.py tests/test_optim.py && rm -rf $$away
+	$$here/$(BIN)/python -m pytest -q -k "native or test_optim or gradient or state" --long 2000 --seed 1 \
+	tests/test_values.py tests/test_sizes.py tests/test_momentum.py tests/test_optim.py && rm -rf $$away
 
 gpu: $(VENV)/ready  ## with a GPU: all tests, the CUDA kernels under compute-sanitizer, the benchmarks, a training epoch
 	CONVNORM_REQUIRE_NATIVE=1 $(BIN)/python -m pytest

@@ -4,7 +4,6 @@ Checked by the explicit matrix and its singular value decomposition, which know 
 """
 
 import copy
-import itertools
 import math
 from functools import partial
 from importlib import import_module
@@ -68,58 +67,7 @@ def test_the_explicit_matrix_is_within_the_bound(seed, method, dtype):
         assert torch.equal(project_case(weight, case, norm * 1.02, "rescale"), weight), f"Changed without need. {again}"
 
 
-def circulant(kernel, sizes):
-    """The matrix of a circular convolution, [(row, *output), (column, *input)], entry by entry."""
-    rows, columns, *taps = kernel.shape
-    matrix = np.zeros((rows, *sizes, columns, *sizes))
-    for output in itertools.product(*map(range, sizes)):
-        for tap in itertools.product(*map(range, taps)):
-            place = tuple((o + t) % n for o, t, n in zip(output, tap, sizes, strict=True))
-            matrix[(slice(None), *output, slice(None), *place)] += kernel[(..., *tap)]
-    return matrix
-
-
-CIRCULAR = [
-    ((3, 2, 3), (5,)),
-    ((2, 3, 4), (4,)),
-    ((2, 3, 3, 2), (4, 5)),
-    ((2, 2, 2, 2, 2), (2, 3, 4)),
-    ((3, 4, 1), (4,)),
-]
-
-
-@pytest.mark.parametrize(("shape", "sizes"), [*CIRCULAR, ((4, 3), ())], ids=str)
-@pytest.mark.parametrize("cut", [1.2, 0.6, 1e-7])
-def test_the_published_clip_is_that_of_the_dense_matrix(shape, sizes, cut):
-    kernel = np.random.default_rng(0).standard_normal(shape)
-    matrix = circulant(kernel, sizes)
-    u, s, vh = np.linalg.svd(matrix.reshape(shape[0] * math.prod(sizes), -1), full_matrices=False)
-    bound = cut * s[0]
-    dense = ((u * np.minimum(s, bound)) @ vh).reshape(matrix.shape)
-    expected = dense[(slice(None), *(0 for _ in sizes))]  # the outputs at the origin
-    padding = [p for k in shape[2:] for p in (0, k - 1)]
-    call = partial(clip_singular_values, torch.tensor(kernel), sizes, bound, padding=padding, padding_mode="circular")
-    full = call()
-    np.testing.assert_allclose(full, expected, rtol=0, atol=1e-12 * bound + 1e-15 * s[0])
-    np.testing.assert_allclose(circulant(full.numpy(), sizes), dense, rtol=0, atol=1e-12 * bound + 1e-15 * s[0])
-    assert torch.equal(call(cut=True), full[tuple(map(slice, shape))])
-
-
-def test_singular_values_far_below_the_largest_are_clipped_as_precisely():
-    """Their squares vanish beside its own."""
-    u, v = (torch.linalg.qr(part).Q for part in torch.randn(2, 4, 4, dtype=torch.float64))
-    weight = u * torch.tensor([1.0, 3e-9, 2e-9, 1e-10], dtype=torch.float64) @ v
-    found = torch.linalg.svdvals(clip_singular_values(weight, [], 1e-9))
-    torch.testing.assert_close(found, torch.tensor([1e-9, 1e-9, 1e-9, 1e-10], dtype=torch.float64), rtol=1e-5, atol=0)
-
-
-def test_the_published_clip_takes_groups_one_by_one():
-    conv = nn.Conv1d(4, 6, 3, padding=1, padding_mode="circular", groups=2)
-    parts = [clip_singular_values(part, [5], 0.3, padding=1, padding_mode="circular") for part in conv.weight.chunk(2)]
-    torch.testing.assert_close(clip_singular_values(conv, [5], 0.3), torch.cat(parts))
-
-
-def test_cutting_to_the_kernel_breaks_the_bound_and_alternating_holds_it():
+def test_cutting_to_the_kernel_breaks_the_bound_and_projecting_holds_it():
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular").double()
     bound = 0.5 * module_norm(conv, [6, 6])

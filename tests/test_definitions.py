@@ -1,7 +1,7 @@
 """The rival methods: each is what its paper defines, worked out again here, most often from explicit matrices."""
 
 import math
-from functools import reduce
+from functools import partial, reduce
 from itertools import product
 
 import numpy as np
@@ -9,9 +9,11 @@ import oracle
 import pytest
 import torch
 from cases import fuzz, random_case, random_values, replay
+from torch import nn
 
 from convnorm.layers import as_layer
 from convnorm.spectral.circle import circle_of
+from convnorm.spectral.clip import clip_singular_values
 from convnorm.spectral.fft import circle_norm, fft_singular_values
 from convnorm.spectral.gram import gram_bounds, gram_iteration
 from convnorm.spectral.reshaped import four_reshapings, reshaped_estimate
@@ -136,3 +138,43 @@ def test_tensor_norm_never_exceeds_a_reshaping(seed):
         methods = tensor_norm_estimate, four_reshapings
         found, most = (method(weight, case.in_shape, **case.keywords).item() for method in methods)
         assert found <= most * (1 + 1e-9), replay(seed, number, case)
+
+
+CIRCULAR = [
+    ((3, 2, 3), (5,)),
+    ((2, 3, 4), (4,)),
+    ((2, 3, 3, 2), (4, 5)),
+    ((2, 2, 2, 2, 2), (2, 3, 4)),
+    ((3, 4, 1), (4,)),
+]
+
+
+@pytest.mark.parametrize(("shape", "sizes"), [*CIRCULAR, ((4, 3), ())], ids=str)
+@pytest.mark.parametrize("cut", [1.2, 0.6, 1e-7])
+def test_the_published_clip_is_that_of_the_dense_matrix(shape, sizes, cut):
+    kernel = np.random.default_rng(0).standard_normal(shape)
+    matrix = circulant(kernel, sizes)
+    u, s, vh = np.linalg.svd(matrix, full_matrices=False)
+    bound = cut * s[0]
+    dense = (u * np.minimum(s, bound)) @ vh
+    expected = dense.reshape(shape[0], *sizes, shape[1], *sizes)[(slice(None), *(0 for _ in sizes))]  # at the origin
+    padding = [p for k in shape[2:] for p in (0, k - 1)]
+    call = partial(clip_singular_values, torch.tensor(kernel), sizes, bound, padding=padding, padding_mode="circular")
+    full = call()
+    np.testing.assert_allclose(full, expected, rtol=0, atol=1e-12 * bound + 1e-15 * s[0])
+    np.testing.assert_allclose(circulant(full.numpy(), sizes), dense, rtol=0, atol=1e-12 * bound + 1e-15 * s[0])
+    assert torch.equal(call(cut=True), full[tuple(map(slice, shape))])
+
+
+def test_singular_values_far_below_the_largest_are_clipped_as_precisely():
+    """Their squares vanish beside its own."""
+    u, v = (torch.linalg.qr(part).Q for part in torch.randn(2, 4, 4, dtype=torch.float64))
+    weight = u * torch.tensor([1.0, 3e-9, 2e-9, 1e-10], dtype=torch.float64) @ v
+    found = torch.linalg.svdvals(clip_singular_values(weight, [], 1e-9))
+    torch.testing.assert_close(found, torch.tensor([1e-9, 1e-9, 1e-9, 1e-10], dtype=torch.float64), rtol=1e-5, atol=0)
+
+
+def test_the_published_clip_takes_groups_one_by_one():
+    conv = nn.Conv1d(4, 6, 3, padding=1, padding_mode="circular", groups=2)
+    parts = [clip_singular_values(part, [5], 0.3, padding=1, padding_mode="circular") for part in conv.weight.chunk(2)]
+    torch.testing.assert_close(clip_singular_values(conv, [5], 0.3), torch.cat(parts))

@@ -78,13 +78,12 @@ class _Part:
             u, s, vh = torch.linalg.svd(blocks, full_matrices=False)
             s, image, v = s.flip(-1), (u * s[..., None, :]).flip(-1), vh.mH.flip(-1)
         k = int((s > 1).sum(-1).amax()) if len(s) else 0
-        h = (1 - 1 / s).clamp_min(0)
         one, other = s[..., s.shape[-1] - k :, None], s[..., None, :]
-        h_one, h_other = h[..., s.shape[-1] - k :, None], h[..., None, :]
+        h = (1 - 1 / one).clamp_min(0)
         both = 0.5 / (one * other * (one + other))
-        mixed = (h_one - h_other) / (one.square() - other.square())
+        mixed = h / (one.square() - other.square())
         quotients = torch.where(one > 1, torch.where(other > 1, both, mixed), 0.0)
-        return cls(at, image, v, h_one.mT, quotients)
+        return cls(at, image, v, h.mT, quotients)
 
     def excess(self) -> Tensor:
         image, v = self._above()

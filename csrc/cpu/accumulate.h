@@ -42,10 +42,11 @@ struct SgdStretch {
 struct DenseBlock {
   const void* data;
   int64_t rows, row_stride, length, segments, period;
-  void* column_sums;                 // Sum[length], in the order of the memory; added to, whole lanes at a time, also
-                                     // where those of the last segment reach beyond the end
-  double* row_sums;                  // [rows][segments * period]; added to
-  const SgdStretch* step = nullptr;  // with period 1: taken on each row before it is added up; null: none
+  void* column_sums;  // Sum[length], in the order of the memory; added to, whole lanes at a time, also
+                      // where those of the last segment reach beyond the end
+  double* row_sums;   // [rows][segments * period]; added to
+  // Of float and double with period 1:
+  const SgdStretch* step = nullptr;  // taken on each row before it is added up; null: none
   bool in_order = false;             // rows are added up one after another, as with a step: then sums are rounded alike
 };
 

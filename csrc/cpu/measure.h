@@ -34,7 +34,7 @@ using Take = std::function<void(int64_t layer, const LayerNorms&)>;
 void measure(const std::vector<Tensor>& weights, const Plan& plan, Norms norms, const Take& take);
 
 // The same in another order of rows, and to other bits; with `steps`, one for each weight, each block of a weight is
-// measured right after its step, while it is in the cache. For weights whose elements are one stretch of memory.
+// measured right after its step, while it is in the cache. For contiguous weights of float32 or float64.
 void measure_in_order(const std::vector<Tensor>& weights, const Plan& plan, Norms norms, const Take& take,
                       const SgdStretch* steps);
 

@@ -47,12 +47,12 @@ void step(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, 
           const std::vector<SgdStretch>& steps, bool known) {
   const std::vector<Tensor> layers(weights.begin(), weights.begin() + plan.size());
   Terms<Term> terms(layers, grads, plan, state);
-  const auto look = [&](const SgdStretch* steps) {
+  const auto look = [&](const SgdStretch* before) {
     const auto write = [&](int64_t i, const LayerNorms& norms) {
       terms.take(i, norms);
       terms.write(i);
     };
-    measure_in_order(layers, plan, state.linf ? Norms::kLinf : Norms::kL1, write, steps);
+    measure_in_order(layers, plan, state.linf ? Norms::kLinf : Norms::kL1, write, before);
   };
   if (known)
     terms.check_winners();
