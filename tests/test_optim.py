@@ -414,6 +414,22 @@ def test_a_first_step_that_overflows_leaves_no_momentum(dampening):
     assert_same(*results)
 
 
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_weight_that_is_not_finite_is_named(value, steps):
+    model = linear()
+    decay = convnorm.NormDecay(model, [1, 3], beta=1.0)
+    optimizer = convnorm.optim.SGD(model.parameters(), lr=0.1, norm_decay=decay)
+    for layer in model:
+        layer.weight.grad = torch.zeros_like(layer.weight)
+    for _ in range(steps):
+        optimizer.step()
+    with torch.no_grad():
+        model[1].weight[0, 0] = value
+    with pytest.raises(RuntimeError, match=rf"norm of layer '1' \({value}\) is not finite"):
+        optimizer.step()
+
+
 @native
 def test_a_step_that_is_refused_leaves_no_momentum():
     model = linear()
