@@ -1,7 +1,13 @@
-"""A network with every kind of layer, and its training, for tests of norm decay."""
+"""A network with every kind of layer, its training, and Algorithm 1 with dense tensors: for tests of norm decay."""
 
+import math
+
+import oracle
 import torch
 from torch import nn
+
+from convnorm.layers import TRANSPOSED, as_layer
+from convnorm.uses import observe
 
 SHAPE = [2, 3, 8, 8]
 
@@ -32,6 +38,33 @@ class Network(nn.Module):
 def network(dtype=torch.float64):
     torch.manual_seed(0)
     return Network().to(dtype)
+
+
+def largest_sum(use, ord):
+    """The norm by the explicit matrix, differentiable."""
+    layer = as_layer(use.module, use.in_shape)
+    options = dict(layer.options)
+    if use.module.__class__ in TRANSPOSED:
+        options["output_padding"] = use.layer.output_padding
+    channels = layer.in_channels
+    basis = torch.eye(channels * math.prod(use.in_shape), dtype=layer.weight.dtype)
+    basis = basis.reshape(-1, channels, *use.in_shape)
+    matrix = oracle.forward(basis, layer.weight, layer.stride, layer.padding, **options).flatten(1).T
+    return matrix.abs().sum(0 if ord == 1 else 1).max()
+
+
+class DenseDecay:
+    """Algorithm 1, as slow and plain as can be."""
+
+    def __init__(self, model, ord, beta, momentum):
+        self.uses, self.ord, self.beta, self.momentum = observe(model, SHAPE), ord, beta, momentum
+        self.averages = [torch.zeros_like(use.module.weight) for use in self.uses]
+
+    def step(self):
+        for i, use in enumerate(self.uses):
+            (p,) = torch.autograd.grad(largest_sum(use, self.ord), use.module.weight)
+            self.averages[i] = self.momentum * self.averages[i] + (1 - self.momentum) * p
+            use.module.weight.grad += self.beta / len(self.uses) * self.averages[i]
 
 
 def train(model, step, steps, lr=0.05):

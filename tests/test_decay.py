@@ -3,44 +3,15 @@
 import math
 import warnings
 
-import oracle
 import pytest
 import torch
-from every_layer import SHAPE, network, train
+from every_layer import SHAPE, DenseDecay, network, train
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import convnorm
 from convnorm.backends import why_not
-from convnorm.layers import TRANSPOSED, as_layer
 from convnorm.uses import observe
-
-
-def largest_sum(use, ord):
-    """The norm by the explicit matrix, differentiable."""
-    layer = as_layer(use.module, use.in_shape)
-    options = dict(layer.options)
-    if use.module.__class__ in TRANSPOSED:
-        options["output_padding"] = use.layer.output_padding
-    channels = layer.in_channels
-    basis = torch.eye(channels * math.prod(use.in_shape), dtype=layer.weight.dtype)
-    basis = basis.reshape(-1, channels, *use.in_shape)
-    matrix = oracle.forward(basis, layer.weight, layer.stride, layer.padding, **options).flatten(1).T
-    return matrix.abs().sum(0 if ord == 1 else 1).max()
-
-
-class DenseDecay:
-    """Algorithm 1, as slow and plain as can be."""
-
-    def __init__(self, model, ord, beta, momentum):
-        self.uses, self.ord, self.beta, self.momentum = observe(model, SHAPE), ord, beta, momentum
-        self.averages = [torch.zeros_like(use.module.weight) for use in self.uses]
-
-    def step(self):
-        for i, use in enumerate(self.uses):
-            (p,) = torch.autograd.grad(largest_sum(use, self.ord), use.module.weight)
-            self.averages[i] = self.momentum * self.averages[i] + (1 - self.momentum) * p
-            use.module.weight.grad += self.beta / len(self.uses) * self.averages[i]
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from cases import TABLE, fuzz, random_weight
-from test_decay import DenseDecay, Network
+from every_layer import DenseDecay, Network
 from torch import nn
 
 import convnorm
